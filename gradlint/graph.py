@@ -1,0 +1,344 @@
+"""Questions about a canonical graph: attributes, weights, layers, names the framework gave, source lines."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.results import Source
+
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+ACTIVATIONS = frozenset(
+    {
+        "Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Softplus",
+        "Softsign", "ThresholdedRelu", "Gelu", "Mish", "Swish", "Clip", "Erf", "Exp", "Shrink", "Softmax", "LogSoftmax",
+        "com.microsoft:Gelu", "com.microsoft:FastGelu", "com.microsoft:BiasGelu", "com.microsoft:QuickGelu",
+    }
+)  # fmt: skip
+
+# Operators that only move, select or retype elements: a weight seen through them is still that weight.
+MOVES = frozenset(
+    {
+        "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Concat", "Cast", "Identity", "Expand", "Split",
+        "Dropout", "CastLike", "DequantizeLinear",
+    }
+)  # fmt: skip
+
+_KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
+_FOLDED = "pkg.onnxscript.optimizer.folded_from"
+_SQUASHING = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "Softmax", "LogSoftmax", "Erf", "Clip"})
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The plain value of a node's attribute, or `default`."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def op(node: ir.Node) -> str:
+    """The operator's name in the tables: `Relu`, or `com.microsoft:Gelu` outside ONNX's own domain."""
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}:{node.op_type}"
+
+
+def dims(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The value's static shape, or None where a dimension (or the rank) is not known."""
+    if value is None or value.shape is None or not value.shape.is_static():
+        return None
+    return tuple(int(d) for d in value.shape.numpy())
+
+
+def is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype in FLOATS
+
+
+def constant_array(value: ir.Value | None) -> np.ndarray | None:
+    """The stored array of an initializer, else None."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+# Inputs of an operator that hold settings or statistics, never something training moves.
+_SETTINGS: Mapping[str, frozenset[int]] = {
+    "BatchNormalization": frozenset({3, 4}),
+    "Clip": frozenset({1, 2}),
+    "Pow": frozenset({1}),
+    "Resize": frozenset({1, 2}),
+    "Pad": frozenset({2}),
+    "QuantizeLinear": frozenset({1, 2}),
+    "DequantizeLinear": frozenset({1, 2}),
+    "OneHot": frozenset({2}),
+    "Dropout": frozenset({1}),
+    "Where": frozenset({0, 1, 2}),
+    "Equal": frozenset({0, 1}),
+    "Greater": frozenset({0, 1}),
+    "Less": frozenset({0, 1}),
+    "GreaterOrEqual": frozenset({0, 1}),
+    "LessOrEqual": frozenset({0, 1}),
+    "Max": frozenset({0, 1}),
+    "Min": frozenset({0, 1}),
+}
+
+
+def trainable(value: ir.Value) -> bool:
+    """Would training change this initializer?
+
+    The exporter's own word (torch: PARAMETER or BUFFER) decides where there is one. Else: floats, two elements or more,
+    not computed by the exporter, used otherwise than as a statistic or a setting, and not a mask (only 0, 1 or huge values).
+    """
+    tensor = value.const_value
+    if tensor is None or tensor.dtype not in FLOATS:
+        return False
+    kind = value.metadata_props.get(_KIND)
+    if kind is not None:
+        return kind.endswith("PARAMETER")
+    if tensor.size < 2:
+        return False
+    uses = list(value.uses())
+    if _FOLDED in value.metadata_props:  # a transposed parameter keeps its name in the node that used it
+        parents = [_mangled(name) for name in _literal(value.metadata_props[_FOLDED])]
+        return any(f"%{p}" in (fx_node(u.node) or "") for u in uses for p in parents)
+    if not uses or all(u.idx in _SETTINGS.get(op(u.node), ()) for u in uses):
+        return False
+    if all(op(u.node) in ("Sub", "Div", "Mul", "Add") and _reads_input(u.node) for u in uses) and tensor.size <= 4:
+        return False  # mean and standard deviation of the input's channels
+    return not (all(op(u.node) in ("Add", "Mul", "Sub") for u in uses) and _is_mask(tensor))
+
+
+def _reads_input(node: ir.Node) -> bool:
+    return any(v is not None and v.is_graph_input() for v in node.inputs)
+
+
+def _is_mask(tensor: ir.TensorProtocol) -> bool:
+    """Zeros and ones mixed, or with entries beyond 1e4: attention and padding masks (not a fresh bias or gamma)."""
+    if len(tensor.shape) < 2 or tensor.size > 1 << 22:
+        return False
+    array = tensor.numpy().astype(np.float32)
+    values = np.unique(array)
+    return 1 < len(values) <= 2 and bool(np.all((values == 0) | (values == 1) | (np.abs(values) >= 1e4)))
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One weight as one layer uses it (`index`: the layer's input, seen through moves such as Transpose)."""
+
+    value: ir.Value
+    layer: ir.Node
+    index: int
+    parameter: str | list[str] | None
+
+    @property
+    def initializer(self) -> str:
+        """The name in the file."""
+        return str(self.value.meta.get("initializer", self.value.name))
+
+
+def weight_uses(graph: ir.Graph) -> list[WeightUse]:
+    """Every trainable initializer with every layer that uses it, in the order of the layers."""
+    uses: list[tuple[int, int, WeightUse]] = []
+    position = {node: k for k, node in enumerate(graph.all_nodes())}
+    for owner in (graph, *graph.subgraphs()):
+        for value in owner.initializers.values():
+            if not trainable(value):
+                continue
+            for node, index in _consumers(value):
+                uses.append((position[node], index, WeightUse(value, node, index, _known_as(value, node, index))))
+    return [use for _, _, use in sorted(uses, key=lambda row: (row[0], row[1], str(row[2].value.name)))]
+
+
+def _known_as(value: ir.Value, node: ir.Node, index: int) -> str | list[str] | None:
+    """The parameter's name; for an embedding tied to another layer both names, since torch keeps only one."""
+    if (named := value.meta.get("parameter")) is not None:
+        return str(named)
+    named = parameter_name(node, index, value)
+    owner, leaf = module(node), str(named).rpartition(".")[2]
+    if op(node) == "Gather" and isinstance(named, str) and owner and fx_node(node) and len(list(value.uses())) > 1:
+        return list(dict.fromkeys([named, f"{owner}.{leaf}"]))
+    return named
+
+
+def _consumers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """The nodes that compute with `value`, through operators that only move elements."""
+    pending, seen = [value], set()
+    while pending:
+        for use in pending.pop().uses():
+            node = use.node
+            if op(node) in MOVES and use.idx == 0 or op(node) == "Concat":
+                if node not in seen:
+                    seen.add(node)
+                    pending.extend(node.outputs)
+            elif use.idx not in _SETTINGS.get(op(node), ()):
+                yield node, use.idx
+
+
+def split_merged(model: ir.Model) -> None:
+    """Undo the exporter's merging of equal initializers: one initializer per parameter (tensors stay shared).
+
+    torch's exporter keeps one tensor where two parameters hold the same numbers (all norms at initialisation); the
+    gradient belongs to the parameter, so each gets its own value, which remembers the name in the file.
+    """
+    for value in list(model.graph.initializers.values()):
+        if not trainable(value):
+            continue
+        by_parameter: dict[str, list[ir.Usage]] = {}
+        for use in value.uses():
+            named = parameter_name(use.node, use.idx, value)
+            by_parameter.setdefault(str(named), []).append(use)
+        if len(by_parameter) < 2 or any("p_" not in (fx_node(u.node) or "") for us in by_parameter.values() for u in us):
+            continue
+        for name, uses in list(by_parameter.items()):
+            twin = ir.Value(
+                name=f"{value.name}@{name}", const_value=value.const_value, shape=value.shape, type=value.type,
+                metadata_props=dict(value.metadata_props),
+            )  # fmt: skip
+            twin.meta["initializer"], twin.meta["parameter"] = value.name, name
+            model.graph.register_initializer(twin)
+            for use in uses:
+                use.node.replace_input_with(use.idx, twin)
+        del model.graph.initializers[str(value.name)]
+
+
+# -- what the framework said -------------------------------------------------------------------------------------------
+
+
+def fx_node(node: ir.Node) -> str | None:
+    return node.metadata_props.get("pkg.torch.onnx.fx_node")
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    return _literal(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+
+
+def _literal(text: str) -> list[str]:
+    """A Python list of strings as torch writes it; anything else is an empty list."""
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    return [s for s in found if isinstance(s, str)] if isinstance(found, list) else []
+
+
+def module(node: ir.Node) -> str | None:
+    """The module the layer belongs to, dotted: from torch's metadata, a TorchScript node name, or its weights' names."""
+    scopes = _scopes(node)
+    if len(scopes) > 1:
+        return scopes[-2] or None
+    path = [p for p in (node.name or "").split("/") if p]
+    if (node.name or "").startswith("/") and len(path) > 1:
+        return ".".join(path[:-1])
+    for value in node.inputs:
+        if value is not None and value.is_initializer() and "." in (value.name or ""):
+            return str(value.name).rpartition(".")[0]
+    return None
+
+
+def _mangled(name: str) -> str:
+    return "p_" + re.sub(r"[^0-9a-zA-Z]", "_", name).lower()
+
+
+def parameter_name(node: ir.Node, index: int, value: ir.Value) -> str | list[str] | None:
+    """The framework's name for the weight that `node` reads at `index`; a list where several are packed into one."""
+    name = str(value.name)
+    mentioned = re.findall(r"%(p_\w+)", fx_node(node) or "")
+    if not mentioned:
+        return name if "::" not in name else _torchscript_name(node, index)
+    if _mangled(name) in mentioned or value.metadata_props.get(_KIND) and len(list(value.uses())) == 1:
+        return name
+    named = {_mangled(str(v.name)) for v in node.inputs if v is not None and v.is_initializer()}
+    rest = [p for p in dict.fromkeys(mentioned) if p not in named]
+    if not rest:
+        return name
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        part = {1: "weight_ih", 2: "weight_hh", 3: "bias"}.get(index, "")
+        packed = [_dotted(p, node) for p in rest if part in p]
+        return packed if len(packed) > 1 else (packed[0] if packed else name)
+    if len(rest) == 1 or node.op_type in ("MatMul", "Conv", "Gather", "ConvTranspose"):
+        return _dotted(rest[0], node)
+    if node.op_type == "Add":
+        return _dotted(rest[-1], node)
+    weights = [i for i, v in enumerate(node.inputs) if v is not None and v.is_initializer() and _mangled(str(v.name)) not in mentioned]
+    rank = weights.index(index) if index in weights else 0
+    return _dotted(rest[min(rank, len(rest) - 1)], node)
+
+
+def _dotted(mangled: str, node: ir.Node) -> str:
+    """`p_blocks_0_attn_qkv_weight` -> `blocks.0.attn.qkv.weight`: the module path spells the dots."""
+    for scope in reversed(_scopes(node)):
+        prefix = _mangled(scope) + "_" if scope else "p_"
+        if mangled.startswith(prefix):
+            leaf = mangled[len(prefix) :]
+            return f"{scope}.{leaf}" if scope else leaf
+    return mangled.removeprefix("p_")
+
+
+def _torchscript_name(node: ir.Node, index: int) -> str | None:
+    """TorchScript calls a transposed weight `onnx::MatMul_42`; the node's path tells whose it is."""
+    owner = module(node)
+    if owner is None:
+        return None
+    return f"{owner}.{'bias' if node.op_type == 'Add' or index == 2 else 'weight'}"
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def source(node: ir.Node) -> Source | None:
+    """The user's own line: the innermost frame outside site-packages and the standard library."""
+    frames = _FRAME.findall(node.metadata_props.get("pkg.torch.onnx.stack_trace", ""))
+    own = [f for f in frames if not re.search(r"(site|dist)-packages|/lib/python3", f[0])]
+    return Source(own[-1][0], int(own[-1][1])) if own else None
+
+
+def folded_batchnorms(graph: ir.Graph) -> list[ir.Node]:
+    """Nodes into which the exporter folded a BatchNormalization."""
+    key = "pkg.onnxscript.rewriter.rule_name"
+    return [n for n in graph.all_nodes() if "FuseBatchNorm" in n.metadata_props.get(key, "")]
+
+
+# -- roles -------------------------------------------------------------------------------------------------------------
+
+
+def is_gate(node: ir.Node) -> bool:
+    """Does this squashing activation only scale another signal (SiLU, GELU, squeeze-excite, GLU, gated cells)?"""
+    if op(node) not in _SQUASHING or len(node.outputs) != 1:
+        return False
+    uses = [u.node for u in _through_constants(node.outputs[0])]
+    if not uses or not all(op(n) == "Mul" for n in uses):
+        return False
+    if op(node) != "Tanh":
+        return True
+    return not any(v is not None and (p := v.producer()) is not None and op(p) in ("Sigmoid", "HardSigmoid") for n in uses for v in n.inputs)
+
+
+def _through_constants(value: ir.Value) -> Iterator[ir.Usage]:
+    """Uses of a value, looking through moves and arithmetic with constants."""
+    for use in value.uses():
+        node = use.node
+        others = [v for i, v in enumerate(node.inputs) if i != use.idx and v is not None]
+        constants = all(v.const_value is not None and v.const_value.size == 1 for v in others)
+        if op(node) in MOVES and use.idx == 0 or op(node) in ("Add", "Sub", "Mul", "Div") and constants and others:
+            yield from _through_constants(node.outputs[0])
+        else:
+            yield use
+
+
+def is_head(node: ir.Node, layers: Iterable[ir.Node]) -> bool:
+    """Is this squashing activation the model's last word: nothing with weights comes after it?"""
+    if op(node) not in _SQUASHING:
+        return False
+    stop, pending, seen = set(layers), [node], {node}
+    while pending:
+        for successor in pending.pop().successors():
+            if successor in stop:
+                return False
+            if successor not in seen:
+                seen.add(successor)
+                pending.append(successor)
+    return True

@@ -1,0 +1,266 @@
+"""Read an ONNX file: the one place that touches foreign model bytes.
+
+Files are hostile: paths may climb, sizes may lie, graphs may loop. Everything that is wrong with a file becomes one
+`ModelError` line. Nothing is executed; external data is memory-mapped and never read whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from gradlint.exceptions import ModelError
+
+OPSETS = range(7, 29)
+
+# How each format is recognised (offset, magic), and how to get ONNX out of it.
+_FOREIGN = (
+    (0, b"PK\x03\x04", "a zip archive (a PyTorch .pt/.pth or Keras .keras file?)", "torch.onnx.export or tf2onnx"),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras .h5?)", "python -m tf2onnx.convert --keras MODEL.h5 --output MODEL.onnx"),
+    (4, b"TFL3", "a TensorFlow Lite model", "python -m tf2onnx.convert --tflite MODEL.tflite --output MODEL.onnx"),
+    (4, b"ORTM", "an onnxruntime .ort model", "the .onnx file it was converted from"),
+    (0, b"\x80\x02", "a Python pickle (a PyTorch checkpoint?)", "torch.onnx.export(model, args, 'model.onnx')"),
+    (0, b"\x80\x04", "a Python pickle", "torch.onnx.export(model, args, 'model.onnx')"),
+    (0, b"\x93NUMPY", "a NumPy array", "the model itself; arrays go to --data"),
+    (8, b'{"', "a safetensors file (weights without a graph)", "torch.onnx.export on the model that reads it"),
+    (0, b"GGUF", "a GGUF file (weights without a graph)", "torch.onnx.export on the original model"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it came: the IR with lazy tensors, and what the report says about the file."""
+
+    model: ir.Model
+    path: str
+    sha256: str
+    nodes: int
+
+
+class MappedTensor(ir.ExternalTensor):
+    """External data, memory-mapped. Links are allowed where the file or its target lies in the model's folder.
+
+    (A Hugging Face cache is all symbolic links, and package managers hard-link; onnx_ir refuses both.)
+    """
+
+    def _check_path_containment(self) -> None:
+        _inside(Path(self.base_dir), str(self.location), str(self.name))
+
+
+def read(path: str | os.PathLike[str]) -> Source:
+    """Read and validate one model file.
+
+    Raises ModelError for anything that is not a sound ONNX graph of opset 7 to 28.
+    """
+    path = Path(path)
+    data = _bytes(path)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError:
+        raise ModelError(f"{path}: not a valid ONNX protobuf: the file is truncated or of another format") from None
+    digest = hashlib.sha256(data).hexdigest()
+    del data
+    model = from_proto(proto, str(path), path.parent)
+    return Source(model, str(path), digest, _count_nodes(proto.graph))
+
+
+def from_proto(proto: onnx.ModelProto, where: str, folder: Path) -> ir.Model:
+    """Validate a parsed model and turn it into IR; `folder` holds its external data, `where` names it in errors."""
+    _check_header(proto, where)
+    for tensor in _tensors(proto):
+        _check_tensor(tensor, where, folder)
+    _check_names(proto.graph, where)
+    try:
+        model = ir.from_proto(proto)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
+        raise ModelError(f"{where}: the graph can't be read: {_line(error)}") from None
+    try:
+        model.graph.sort()
+        for function in model.functions.values():
+            function.sort()
+    except ValueError as error:
+        raise ModelError(f"{where}: the graph has a cycle: {_line(error)}") from None
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _mapped(value.const_value, folder)
+    return model
+
+
+def release(tensor: ir.TensorProtocol | None) -> None:
+    """Give back the pages of a memory-mapped tensor: they count as resident memory once read."""
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, mmap.mmap):
+        raw.madvise(mmap.MADV_DONTNEED)
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.exists():
+        raise ModelError(f"{path}: no such file")
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.onnx"))
+        hint = f"; did you mean {path / inside[0]}?" if inside else ": give the .onnx file"
+        raise ModelError(f"{path}: is a directory{hint}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read: {error.strerror}") from None
+    if not data:
+        raise ModelError(f"{path}: the file is empty")
+    if data.startswith(b"version https://git-lfs"):
+        raise ModelError(
+            f"{path}: a Git LFS pointer, not the model: run `git lfs pull` (in GitHub Actions: checkout with `lfs: true`)"
+        )
+    for offset, magic, what, remedy in _FOREIGN:
+        if data[offset : offset + len(magic)] == magic:
+            raise ModelError(f"{path}: {what}, not ONNX: export it first ({remedy})")
+    return data
+
+
+def _check_header(proto: onnx.ModelProto, where: str) -> None:
+    if not proto.opset_import and not proto.graph.node:
+        raise ModelError(f"{where}: not an ONNX model: no graph and no opset in it")
+    if not proto.graph.node:
+        raise ModelError(f"{where}: the graph is empty: there is nothing to analyse")
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+    if opset is not None and opset not in OPSETS:
+        raise ModelError(
+            f"{where}: opset {opset} is not supported ({OPSETS[0]} to {OPSETS[-1]}): "
+            "convert it with onnx.version_converter, or export it again"
+        )
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored in the model: initializers and Constant attributes, in subgraphs and functions too."""
+    graphs = [proto.graph]
+    nodes = [n for f in proto.functions for n in f.node]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            nodes.extend(graph.node)
+            continue
+        for attribute in nodes.pop().attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                graphs.append(attribute.g)
+            graphs.extend(attribute.graphs)
+
+
+_BITS = {
+    onnx.TensorProto.BOOL: 8, onnx.TensorProto.UINT8: 8, onnx.TensorProto.INT8: 8, onnx.TensorProto.UINT16: 16,
+    onnx.TensorProto.INT16: 16, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.BFLOAT16: 16, onnx.TensorProto.FLOAT: 32,
+    onnx.TensorProto.INT32: 32, onnx.TensorProto.UINT32: 32, onnx.TensorProto.DOUBLE: 64, onnx.TensorProto.INT64: 64,
+    onnx.TensorProto.UINT64: 64, onnx.TensorProto.COMPLEX64: 64, onnx.TensorProto.COMPLEX128: 128,
+    onnx.TensorProto.FLOAT8E4M3FN: 8, onnx.TensorProto.FLOAT8E4M3FNUZ: 8, onnx.TensorProto.FLOAT8E5M2: 8,
+    onnx.TensorProto.FLOAT8E5M2FNUZ: 8, onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4,
+    onnx.TensorProto.FLOAT4E2M1: 4,
+}  # fmt: skip
+
+
+def _check_tensor(tensor: onnx.TensorProto, where: str, folder: Path) -> None:
+    """The stored size must be what dims and data type say: a short buffer is a truncated file or a lie."""
+    if any(d < 0 for d in tensor.dims):
+        raise ModelError(f"{where}: tensor {tensor.name!r} has a negative dimension")
+    bits = _BITS.get(tensor.data_type)
+    expected = None if bits is None else (math.prod(tensor.dims) * bits + 7) // 8
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        _check_external(tensor, expected, where, folder)
+    elif tensor.HasField("raw_data"):
+        if expected is not None and len(tensor.raw_data) != expected:
+            raise ModelError(
+                f"{where}: tensor {tensor.name!r} holds {len(tensor.raw_data)} bytes, its shape says {expected}: the file is damaged"
+            )
+    elif expected:
+        stored = sum(len(getattr(tensor, f)) for f in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"))
+        if stored == 0:
+            raise ModelError(f"{where}: tensor {tensor.name!r} has a shape but no data: the file is damaged")
+
+
+def _check_external(tensor: onnx.TensorProto, expected: int | None, where: str, folder: Path) -> None:
+    info = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        offset = int(info.get("offset") or 0)
+        length = int(info["length"]) if info.get("length") else expected or 0
+    except ValueError:
+        raise ModelError(f"{where}: tensor {tensor.name!r}: external offset or length is no number") from None
+    path = _inside(folder, info.get("location", ""), tensor.name, where)
+    if not path.is_file():
+        raise ModelError(f"{where}: external data {path} is missing: copy it beside the model")
+    size = path.stat().st_size
+    if size < 200 and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise ModelError(f"{where}: external data {path} is a Git LFS pointer: run `git lfs pull` (CI: `lfs: true`)")
+    if offset < 0 or length < 0 or offset + length > size:
+        raise ModelError(
+            f"{where}: external data {path} is truncated: tensor {tensor.name!r} needs bytes {offset} to {offset + length}, "
+            f"the file has {size}"
+        )
+    if expected is not None and length != expected:
+        raise ModelError(f"{where}: tensor {tensor.name!r} has {length} bytes of external data, its shape says {expected}")
+
+
+def _inside(folder: Path, location: str, name: str, where: str = "") -> Path:
+    """The data file's path; its logical or its physical parent must be the model's folder (or lie inside it)."""
+    prefix = f"{where}: " if where else ""
+    if not location or os.path.isabs(location) or ".." in Path(location.replace("\\", "/")).parts:
+        raise ModelError(f"{prefix}external data of {name!r} points outside the model's folder ({location!r}): refused")
+    path = folder / location
+    home = Path(os.path.realpath(folder))
+    logical = Path(os.path.realpath(path.parent))
+    physical = Path(os.path.realpath(path)).parent
+    if not any(p == home or home in p.parents for p in (logical, physical)):
+        raise ModelError(f"{prefix}external data of {name!r} points outside the model's folder ({location!r}): refused")
+    return path
+
+
+def _mapped(tensor: ir.ExternalTensor, folder: Path) -> MappedTensor:
+    return MappedTensor(
+        tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name or "", base_dir=folder
+    )
+
+
+def _check_names(graph: onnx.GraphProto, where: str) -> None:
+    """Every input is defined somewhere in scope and nothing is defined twice (order is repaired later)."""
+    pending: list[tuple[onnx.GraphProto, frozenset[str]]] = [(graph, frozenset())]
+    while pending:
+        current, outer = pending.pop()
+        defined = {i.name for i in current.input} | {i.name for i in current.initializer}
+        defined |= {s.values.name for s in current.sparse_initializer}
+        for node in current.node:
+            for output in filter(None, node.output):
+                if output in defined:
+                    raise ModelError(f"{where}: value {output!r} is defined twice (node {node.name or node.op_type!r})")
+                defined.add(output)
+        scope = outer | defined
+        for node in current.node:
+            for name in node.input:
+                if name and name not in scope:
+                    raise ModelError(f"{where}: node {node.name or node.op_type!r} reads {name!r}, which nothing defines")
+            for attribute in node.attribute:
+                pending.extend((g, scope) for g in ([attribute.g] if attribute.HasField("g") else attribute.graphs))
+        for value in current.output:
+            if value.name not in scope:
+                raise ModelError(f"{where}: output {value.name!r} is not defined by any node")
+
+
+def _count_nodes(graph: onnx.GraphProto) -> int:
+    return len(graph.node) + sum(
+        _count_nodes(g) for n in graph.node for a in n.attribute for g in ([a.g] if a.HasField("g") else a.graphs)
+    )
+
+
+def _line(error: Exception) -> str:
+    """The first line of a library's message, short enough for one line of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

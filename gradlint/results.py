@@ -1,0 +1,172 @@
+"""The report: what the analyses found, as plain frozen data. The JSON form is a public contract.
+
+In JSON an absent key means "not known", null means "not applicable" (a non-finite number is null too).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+SCHEMA = "gradlint-report/1"
+
+Level = Literal["error", "warning", "note"]
+Evidence = Literal["proved", "estimated", "measured"]
+Verdict = Literal["pass", "warn", "fail"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of the Python file the layer was written in, as the exporter recorded it."""
+
+    file: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Blame:
+    """The share of a decay that one node takes: `decades` (log10, negative shrinks) of `op_type` at `node`."""
+
+    node: str
+    op_type: str
+    decades: float
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A remedy: a name from the catalogue and the text that says what to change here."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One statement of one rule about one place."""
+
+    rule: str
+    code: str
+    level: Level
+    layer: str | None
+    weight: str | None
+    message: str
+    evidence: Evidence
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    fixes: tuple[Fix, ...] = ()
+    source: Source | None = None
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer and what each kind of evidence says of its output. `inputs` names the layers it reads."""
+
+    name: str
+    op_type: str
+    module: str | None = None
+    source: Source | None = None
+    shape: tuple[int | str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    proved: Mapping[str, Any] = field(default_factory=dict)
+    estimated: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    blame: tuple[Blame, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """One use of a weight by one layer. `parameter` is the framework's name, a list where one initializer packs several."""
+
+    name: str
+    layer: str
+    shape: tuple[int, ...]
+    weight_rms: float
+    trainable: bool
+    parameter: str | list[str] | None = None
+    estimated: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`risk` in [0, 1]: a score that the network won't train as it stands; None where it can't be judged."""
+
+    verdict: Verdict
+    risk: float | None
+    stage: Literal["init", "trained"]
+    counts: Mapping[str, int]
+    worst_layer: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    path: str
+    sha256: str
+    producer: str
+    opset: int
+    nodes: int
+    parameters: int
+    inputs: tuple[Mapping[str, Any], ...]
+    outputs: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`data` says where the probe's data came from; `assumptions` lists in words what was not given and had to be chosen."""
+
+    mode: Literal["train", "eval"]
+    loss: str
+    seed: int
+    batch: int
+    data: str
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Nodes in the canonical graph, how many the estimate and the probe reached, and the operators without a row."""
+
+    nodes: int
+    estimated: int
+    measured: int
+    unmodelled: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything gradlint has to say about one model; every renderer is a pure function of it."""
+
+    summary: Summary
+    model: ModelInfo
+    settings: Settings
+    coverage: Coverage
+    layers: tuple[LayerRow, ...]
+    weights: tuple[WeightRow, ...]
+    findings: tuple[Finding, ...]
+    timing: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the contract; layers and weights in the graph's order."""
+        return {"schema": SCHEMA, **_plain(self)}
+
+
+# Keys whose None is meaningful in JSON ("not applicable"); elsewhere None means "not known" and the key is left out.
+_NULLABLE = {"risk", "source", "layer", "weight", "worst_layer"}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        pairs = ((f.name, getattr(value, f.name)) for f in fields(value))
+        return {name: _plain(v) for name, v in pairs if v is not None or name in _NULLABLE}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None

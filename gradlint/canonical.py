@@ -36,15 +36,20 @@ class Dims:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def canonicalize(model: ir.Model, dims: Dims | None, where: str = "model") -> tuple[str, ...]:
+def canonicalize(
+    model: ir.Model, dims: Dims | None, where: str = "model", keep: frozenset[str] = frozenset()
+) -> tuple[str, ...]:
     """Bring `model` into canonical form, in place; returns what was assumed about its dimensions, in words.
 
-    With `dims` None symbolic dimensions stay symbolic. Raises ModelError, DataError (a shape that doesn't fit an input).
+    With `dims` None symbolic dimensions stay symbolic; values named in `keep` survive. Raises ModelError, DataError (a shape that doesn't fit an input).
     """
     common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveInitializersFromInputsPass()(model)
     _name_nodes(model)
+    outputs = list(model.graph.outputs)
+    kept = [v for n in model.graph for v in n.outputs if v.name in keep and v not in outputs]
+    model.graph.outputs.extend(kept)  # no pass removes or renames an output
     assumed = () if dims is None else _bind(model, dims, where)
     if dims is None:
         _infer_shapes(model)
@@ -56,6 +61,7 @@ def canonicalize(model: ir.Model, dims: Dims | None, where: str = "model") -> tu
     _infer_shapes(model)
     for node in model.graph.all_nodes():
         _resolve_auto_pad(node)
+    del model.graph.outputs[len(outputs) :]
     return assumed
 
 
@@ -112,6 +118,8 @@ def _bind(model: ir.Model, dims: Dims, where: str) -> tuple[str, ...]:
     for value in inputs:
         _check_given(value, dims.shapes.get(str(value.name)), known, where)
     batch_keys = {dim_key(v, 0) for v in inputs if len(v.shape or ()) > 0 and _unknown(v.shape[0])}  # type: ignore[index]
+    states = {v for v in inputs if len(v.shape or ()) == 3 and not _unknown(v.shape[0]) and batch_keys}  # type: ignore[index]
+    batch_keys |= {dim_key(v, 1) for v in states if _unknown(v.shape[1])}  # type: ignore[index]
     keys = [dim_key(v, a) for v in inputs for a, d in enumerate(v.shape or ()) if _unknown(d)]
     free = [k for k in dict.fromkeys(keys) if k not in known]
     assumed = [f"{k} = {dims.batch}" for k in free if k in batch_keys]
@@ -123,7 +131,9 @@ def _bind(model: ir.Model, dims: Dims, where: str) -> tuple[str, ...]:
         trial = known | dict.fromkeys(free, size)
         for value, shape in originals.items():
             assert shape is not None
-            value.shape = ir.Shape([trial[dim_key_of(value, shape, a)] if _unknown(d) else d for a, d in enumerate(shape)])
+            value.shape = ir.Shape(
+                [trial[dim_key_of(value, shape, a)] if _unknown(d) else d for a, d in enumerate(shape)]
+            )
         if _infer_shapes(model):
             break
     return tuple(assumed + [f"{k} = {size}" for k in free])
@@ -141,7 +151,9 @@ def _check_given(value: ir.Value, given: tuple[int, ...] | None, known: dict[str
     if given is None:
         return
     if len(given) != len(shape):
-        raise DataError(f"{where}: input {value.name!r} has {len(shape)} dimensions {_show(shape)}, got {len(given)}: {given}")
+        raise DataError(
+            f"{where}: input {value.name!r} has {len(shape)} dimensions {_show(shape)}, got {len(given)}: {given}"
+        )
     for axis, (have, want) in enumerate(zip(given, shape, strict=True)):
         if _unknown(want):
             key = dim_key(value, axis)
@@ -167,7 +179,10 @@ def _infer_shapes(model: ir.Model) -> bool:
     if not ok:
         common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
     return ok and all(
-        all(not isinstance(d, int) or d >= 0 for d in o.shape) for n in model.graph for o in n.outputs if o.shape is not None
+        all(not isinstance(d, int) or d >= 0 for d in o.shape)
+        for n in model.graph
+        for o in n.outputs
+        if o.shape is not None
     )
 
 
@@ -365,7 +380,7 @@ def _group_normalization(node: ir.Node, version: int) -> None:
 
 # operator -> (first opset of the new form, how to get there)
 _LIFTS: dict[str, tuple[int, Callable[[ir.Node, int], None]]] = {
-    **{op: (13, _softmax) for op in ("Softmax", "LogSoftmax", "Hardmax")},
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), (13, _softmax)),
     **{op: (13, _to_input("axes")) for op in ("Squeeze", "Unsqueeze", "ReduceSum")},
     **{
         op: (18, _to_input("axes"))

@@ -181,7 +181,7 @@ _LAYER = (
         ("grad_rms", "per example", "root mean square of the gradient of the output (scope weight: of this weight)"),
         ("gain", "decades", "grad_norm at the input / at the output of this node"),
         ("trunk_decades", "decades", "trunk gradient (L2 norm) at this cut / the trunk's largest: 0 or below"),
-        ("trunk_growth", "decades", "trunk gradient at this cut / that nearest the outputs: above 0 = it grew"),
+        ("trunk_growth", "decades", "trunk gradient at this cut / that nearest the outputs; inf = not finite"),
         ("variance_ratio", "ratio", "variance of the output / of the first layer's output"),
         ("residual_growth", "ratio", "variance behind this residual addition / behind the first one"),
         ("fp16_underflow", "share", "elements of the output's gradient that are under 2^-24 and not zero"),

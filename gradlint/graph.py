@@ -149,6 +149,8 @@ def weight_uses(graph: ir.Graph) -> list[WeightUse]:
             if not trainable(value):
                 continue
             for node, index in _consumers(value):
+                if node not in position:  # the branch of an If that folding removed
+                    continue
                 uses.append((position[node], index, WeightUse(value, node, index, _known_as(value, node, index))))
     return [use for _, _, use in sorted(uses, key=lambda row: (row[0], row[1], str(row[2].value.name)))]
 
@@ -159,7 +161,8 @@ def _known_as(value: ir.Value, node: ir.Node, index: int) -> str | list[str] | N
         return str(named)
     named = parameter_name(node, index, value)
     owner, leaf = module(node), str(named).rpartition(".")[2]
-    if op(node) == "Gather" and isinstance(named, str) and owner and fx_node(node) and len(list(value.uses())) > 1:
+    shared = {u.node for u in value.uses()} - {node}
+    if op(node) == "Gather" and isinstance(named, str) and owner and fx_node(node) and shared:
         return list(dict.fromkeys([named, f"{owner}.{leaf}"]))
     return named
 
@@ -170,7 +173,7 @@ def _consumers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     while pending:
         for use in pending.pop().uses():
             node = use.node
-            if op(node) in MOVES and use.idx == 0 or op(node) == "Concat":
+            if (op(node) in MOVES and use.idx == 0) or op(node) == "Concat":
                 if node not in seen:
                     seen.add(node)
                     pending.extend(node.outputs)
@@ -191,7 +194,9 @@ def split_merged(model: ir.Model) -> None:
         for use in value.uses():
             named = parameter_name(use.node, use.idx, value)
             by_parameter.setdefault(str(named), []).append(use)
-        if len(by_parameter) < 2 or any("p_" not in (fx_node(u.node) or "") for us in by_parameter.values() for u in us):
+        if len(by_parameter) < 2 or any(
+            "p_" not in (fx_node(u.node) or "") for us in by_parameter.values() for u in us
+        ):
             continue
         for name, uses in list(by_parameter.items()):
             twin = ir.Value(
@@ -249,7 +254,7 @@ def parameter_name(node: ir.Node, index: int, value: ir.Value) -> str | list[str
     mentioned = re.findall(r"%(p_\w+)", fx_node(node) or "")
     if not mentioned:
         return name if "::" not in name else _torchscript_name(node, index)
-    if _mangled(name) in mentioned or value.metadata_props.get(_KIND) and len(list(value.uses())) == 1:
+    if _mangled(name) in mentioned or (value.metadata_props.get(_KIND) and len(list(value.uses())) == 1):
         return name
     named = {_mangled(str(v.name)) for v in node.inputs if v is not None and v.is_initializer()}
     rest = [p for p in dict.fromkeys(mentioned) if p not in named]
@@ -263,7 +268,11 @@ def parameter_name(node: ir.Node, index: int, value: ir.Value) -> str | list[str
         return _dotted(rest[0], node)
     if node.op_type == "Add":
         return _dotted(rest[-1], node)
-    weights = [i for i, v in enumerate(node.inputs) if v is not None and v.is_initializer() and _mangled(str(v.name)) not in mentioned]
+    weights = [
+        i
+        for i, v in enumerate(node.inputs)
+        if v is not None and v.is_initializer() and _mangled(str(v.name)) not in mentioned
+    ]
     rank = weights.index(index) if index in weights else 0
     return _dotted(rest[min(rank, len(rest) - 1)], node)
 
@@ -314,7 +323,11 @@ def is_gate(node: ir.Node) -> bool:
         return False
     if op(node) != "Tanh":
         return True
-    return not any(v is not None and (p := v.producer()) is not None and op(p) in ("Sigmoid", "HardSigmoid") for n in uses for v in n.inputs)
+    return not any(
+        v is not None and (p := v.producer()) is not None and op(p) in ("Sigmoid", "HardSigmoid")
+        for n in uses
+        for v in n.inputs
+    )
 
 
 def _through_constants(value: ir.Value) -> Iterator[ir.Usage]:
@@ -323,7 +336,7 @@ def _through_constants(value: ir.Value) -> Iterator[ir.Usage]:
         node = use.node
         others = [v for i, v in enumerate(node.inputs) if i != use.idx and v is not None]
         constants = all(v.const_value is not None and v.const_value.size == 1 for v in others)
-        if op(node) in MOVES and use.idx == 0 or op(node) in ("Add", "Sub", "Mul", "Div") and constants and others:
+        if (op(node) in MOVES and use.idx == 0) or (op(node) in ("Add", "Sub", "Mul", "Div") and constants and others):
             yield from _through_constants(node.outputs[0])
         else:
             yield use

@@ -25,7 +25,12 @@ OPSETS = range(7, 29)
 # How each format is recognised (offset, magic), and how to get ONNX out of it.
 _FOREIGN = (
     (0, b"PK\x03\x04", "a zip archive (a PyTorch .pt/.pth or Keras .keras file?)", "torch.onnx.export or tf2onnx"),
-    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras .h5?)", "python -m tf2onnx.convert --keras MODEL.h5 --output MODEL.onnx"),
+    (
+        0,
+        b"\x89HDF\r\n\x1a\n",
+        "an HDF5 file (Keras .h5?)",
+        "python -m tf2onnx.convert --keras MODEL.h5 --output MODEL.onnx",
+    ),
     (4, b"TFL3", "a TensorFlow Lite model", "python -m tf2onnx.convert --tflite MODEL.tflite --output MODEL.onnx"),
     (4, b"ORTM", "an onnxruntime .ort model", "the .onnx file it was converted from"),
     (0, b"\x80\x02", "a Python pickle (a PyTorch checkpoint?)", "torch.onnx.export(model, args, 'model.onnx')"),
@@ -68,17 +73,21 @@ def read(path: str | os.PathLike[str]) -> Source:
         proto.ParseFromString(data)
     except DecodeError:
         raise ModelError(f"{path}: not a valid ONNX protobuf: the file is truncated or of another format") from None
-    digest = hashlib.sha256(data).hexdigest()
+    digest, size = hashlib.sha256(data).hexdigest(), len(data)
     del data
-    model = from_proto(proto, str(path), path.parent)
+    model = from_proto(proto, str(path), path.parent, size)
     return Source(model, str(path), digest, _count_nodes(proto.graph))
 
 
-def from_proto(proto: onnx.ModelProto, where: str, folder: Path) -> ir.Model:
-    """Validate a parsed model and turn it into IR; `folder` holds its external data, `where` names it in errors."""
+def from_proto(proto: onnx.ModelProto, where: str, folder: Path, size: int | None = None) -> ir.Model:
+    """Validate a parsed model and turn it into IR.
+
+    `folder` holds its external data, `where` names it in errors, `size` is the file's length in bytes where there is one.
+    """
     _check_header(proto, where)
-    for tensor in _tensors(proto):
-        _check_tensor(tensor, where, folder)
+    inside = sum(_check_tensor(tensor, where, folder) for tensor in _tensors(proto))
+    if size is not None and inside > size:
+        raise ModelError(f"{where}: the tensors need {inside} bytes, the file has {size}: the file is damaged")
     _check_names(proto.graph, where)
     try:
         model = ir.from_proto(proto)
@@ -170,8 +179,11 @@ _BITS = {
 }  # fmt: skip
 
 
-def _check_tensor(tensor: onnx.TensorProto, where: str, folder: Path) -> None:
-    """The stored size must be what dims and data type say: a short buffer is a truncated file or a lie."""
+def _check_tensor(tensor: onnx.TensorProto, where: str, folder: Path) -> int:
+    """The stored size must be what dims and data type say: a short buffer is a truncated file or a lie.
+
+    Returns the bytes the tensor must take inside the file.
+    """
     if any(d < 0 for d in tensor.dims):
         raise ModelError(f"{where}: tensor {tensor.name!r} has a negative dimension")
     bits = _BITS.get(tensor.data_type)
@@ -179,14 +191,19 @@ def _check_tensor(tensor: onnx.TensorProto, where: str, folder: Path) -> None:
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         _check_external(tensor, expected, where, folder)
     elif tensor.HasField("raw_data"):
-        if expected is not None and len(tensor.raw_data) != expected:
+        # Looking at raw_data copies it: large tensors are checked by their sum against the file's size.
+        if expected is not None and expected <= 1 << 16 and len(tensor.raw_data) != expected:
             raise ModelError(
                 f"{where}: tensor {tensor.name!r} holds {len(tensor.raw_data)} bytes, its shape says {expected}: the file is damaged"
             )
+        return expected or 0
     elif expected:
-        stored = sum(len(getattr(tensor, f)) for f in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"))
+        stored = sum(
+            len(getattr(tensor, f)) for f in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+        )
         if stored == 0:
             raise ModelError(f"{where}: tensor {tensor.name!r} has a shape but no data: the file is damaged")
+    return 0
 
 
 def _check_external(tensor: onnx.TensorProto, expected: int | None, where: str, folder: Path) -> None:
@@ -208,7 +225,9 @@ def _check_external(tensor: onnx.TensorProto, expected: int | None, where: str, 
             f"the file has {size}"
         )
     if expected is not None and length != expected:
-        raise ModelError(f"{where}: tensor {tensor.name!r} has {length} bytes of external data, its shape says {expected}")
+        raise ModelError(
+            f"{where}: tensor {tensor.name!r} has {length} bytes of external data, its shape says {expected}"
+        )
 
 
 def _inside(folder: Path, location: str, name: str, where: str = "") -> Path:
@@ -227,7 +246,13 @@ def _inside(folder: Path, location: str, name: str, where: str = "") -> Path:
 
 def _mapped(tensor: ir.ExternalTensor, folder: Path) -> MappedTensor:
     return MappedTensor(
-        tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name or "", base_dir=folder
+        tensor.location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name or "",
+        base_dir=folder,
     )
 
 
@@ -247,7 +272,9 @@ def _check_names(graph: onnx.GraphProto, where: str) -> None:
         for node in current.node:
             for name in node.input:
                 if name and name not in scope:
-                    raise ModelError(f"{where}: node {node.name or node.op_type!r} reads {name!r}, which nothing defines")
+                    raise ModelError(
+                        f"{where}: node {node.name or node.op_type!r} reads {name!r}, which nothing defines"
+                    )
             for attribute in node.attribute:
                 pending.extend((g, scope) for g in ([attribute.g] if attribute.HasField("g") else attribute.graphs))
         for value in current.output:

@@ -1,4 +1,4 @@
-"""The messages of rule pages: sandboxed Jinja templates over the same facts as the conditions, with rounding filters."""
+"""The messages of rule pages: sandboxed Jinja templates over the facts that conditions use, with rounding filters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def times(value: float | None) -> str:
     """The factor that a number of decades stands for, without its sign: -3.2 -> `1,600 times`, -18 -> `10^18 times`."""
     if value is None:
         return "unknown"
-    if not abs(value) < 6:
+    if not math.isfinite(value):
+        return "infinitely many times"
+    if abs(value) >= 6:
         return f"10^{abs(value):.0f} times"
     factor = 10 ** abs(value)
     digits = max(0, math.floor(abs(value)) - 1)
@@ -45,11 +47,14 @@ def short(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3g}"
 
 
-def _known(value: Any) -> Any:
+def _finalize(value: Any) -> Any:
+    """Counts arrive as floats, and print without a fraction."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return "unknown" if value is None else value
 
 
-_ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, finalize=_known, trim_blocks=True, lstrip_blocks=True)
+_ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, finalize=_finalize, trim_blocks=True, lstrip_blocks=True)
 _ENVIRONMENT.filters.update({"decades": decades, "times": times, "percent": percent, "short": short})
 
 

@@ -6,9 +6,13 @@ In JSON an absent key means "not known", null means "not applicable" (a non-fini
 from __future__ import annotations
 
 import math
+import types
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
+
+from gradlint.exceptions import UsageError
 
 SCHEMA = "gradlint-report/1"
 
@@ -79,7 +83,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One use of a weight by one layer. `parameter` is the framework's name, a list where one initializer packs several."""
+    """One use of a weight by one layer. `parameter` is the framework's name, a list where an initializer packs several."""
 
     name: str
     layer: str
@@ -116,7 +120,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Settings:
-    """`data` says where the probe's data came from; `assumptions` lists in words what was not given and had to be chosen."""
+    """`data` says where the probe's data came from; `assumptions` lists in words what was not given but chosen."""
 
     mode: Literal["train", "eval"]
     loss: str
@@ -153,6 +157,20 @@ class Report:
         """The JSON object of the contract; layers and weights in the graph's order."""
         return {"schema": SCHEMA, **_plain(self)}
 
+    @classmethod
+    def from_dict(cls, data: Any) -> Report:
+        """The report of a JSON object; keys it doesn't know are left out, numbers that were not finite stay None.
+
+        Raises UsageError, naming the place, where the object is no report of this schema.
+        """
+        if not isinstance(data, Mapping):
+            raise UsageError(f"not a report: expected a JSON object, found {_kind(data)}")
+        if data.get("schema") != SCHEMA:
+            raise UsageError(f"not a report: schema is {str(data.get('schema'))[:60]!r}, expected {SCHEMA!r}")
+        report = _read(cls, data, "report")
+        assert isinstance(report, cls)
+        return report
+
 
 # Keys whose None is meaningful in JSON ("not applicable"); elsewhere None means "not known" and the key is left out.
 _NULLABLE = {"risk", "source", "layer", "weight", "worst_layer"}
@@ -170,3 +188,73 @@ def _plain(value: Any) -> Any:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
+
+
+def _read(kind: Any, value: Any, place: str) -> Any:
+    """`value` from JSON as a value of the annotated type `kind`; what the annotations say is all that is checked."""
+    if kind is Any:
+        return value
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return _read_fields(kind, value, place)
+    if origin is Literal:
+        if value not in arguments:
+            raise UsageError(f"{place}: {str(value)[:60]!r} is none of {', '.join(map(str, arguments))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _read_union(arguments, value, place)
+    if origin in (tuple, list):
+        _expect(isinstance(value, list), "a list", value, place)
+        return origin(_read(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping:
+        _expect(isinstance(value, Mapping), "an object", value, place)
+        return {str(key): _read(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
+    if kind is float:
+        # A number that was not finite is null in JSON.
+        number = math.nan if value is None else value
+        _expect(isinstance(number, int | float) and not isinstance(number, bool), "a number", value, place)
+        return float(number)
+    _expect(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), _NAMES[kind], value, place)
+    return value
+
+
+def _read_fields(kind: Any, value: Any, place: str) -> Any:
+    _expect(isinstance(value, Mapping), "an object", value, place)
+    hints = typing.get_type_hints(kind)
+    read = {}
+    for item in fields(kind):
+        if item.name in value:
+            read[item.name] = _read(hints[item.name], value[item.name], f"{place}.{item.name}")
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise UsageError(f"{place}: {item.name!r} is missing")
+    return kind(**read)
+
+
+def _read_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
+    if value is None and types.NoneType in kinds:
+        return None
+    for kind in kinds:
+        plain = typing.get_origin(kind) or kind
+        if isinstance(value, Mapping if is_dataclass(plain) else (int, float) if plain is float else plain):
+            return _read(kind, value, place)
+    names = " or ".join(_NAMES.get(typing.get_origin(kind) or kind, "an object") for kind in kinds)
+    raise UsageError(f"{place}: expected {names}, found {_kind(value)}")
+
+
+_NAMES: Mapping[Any, str] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    types.NoneType: "null",
+}
+
+
+def _kind(value: Any) -> str:
+    return "an object" if isinstance(value, Mapping) else _NAMES.get(type(value), type(value).__name__)
+
+
+def _expect(holds: bool, expected: str, value: Any, place: str) -> None:
+    if not holds:
+        raise UsageError(f"{place}: expected {expected}, found {_kind(value)}")

@@ -1,12 +1,13 @@
 """Rules are pages: one Markdown file holds a rule's definition, its documentation and the examples that prove it.
 
-A page is `# rule-name`, one sentence, a fenced `toml` block with the definition, then the sections of `SECTIONS`, the last
-two with examples: a fenced `onnx` block (ONNX text) or `python` block (a builder call), and `Expect: rule-name, ...`.
+A page is `# rule-name`, one sentence, a fenced `toml` block with the definition, then the sections of `SECTIONS`, the
+last two with examples: a fenced `onnx` block (ONNX text) or `python` block (a builder call), and `Expect: rule-name`.
 """
 
 from __future__ import annotations
 
 import re
+import textwrap
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,8 +21,8 @@ from markdown_it.token import Token
 from gradlint.condition import Condition, Limits, near, parse_condition
 from gradlint.exceptions import UsageError
 from gradlint.fact_table import SCOPES, Scope
-from gradlint.fixes import FIXES
 from gradlint.message import check_message
+from gradlint.remedies import REMEDIES
 from gradlint.results import LEVELS, Level
 
 Status = Literal["stable", "preview"]
@@ -44,8 +45,9 @@ _CODE = re.compile(r"[A-Z]{2,8}[0-9]{3,4}")
 class Example:
     """A model in words and what a rule's page expects of it.
 
-    `kind` is `onnx` (ONNX text) or `python` (a builder call); `options` are the settings it is checked with. A `triggers`
-    example yields its rule and all of `expect`; the others don't yield the rule; an empty `expect` = nothing above a note.
+    `kind` is `onnx` (ONNX text) or `python` (a builder call); `options` are the settings it is checked with. A
+    `triggers` example yields its rule and all of `expect`; the others don't yield the rule; an empty `expect` says
+    that nothing above a note is found.
     """
 
     kind: Literal["onnx", "python"]
@@ -104,26 +106,27 @@ def load_rules(extra_dirs: Sequence[Path] = ()) -> Rulebook:
     Raises UsageError for a page that is wrong, a folder that holds none, and a code or name used twice.
     """
     packaged = resources.files("gradlint.rules")
-    pages = {f"rules/{item.name}": item.read_text("utf-8") for item in packaged.iterdir() if _is_page(item.name)}
+    names = sorted(item.name for item in packaged.iterdir() if _is_page(item.name))
+    pages = {f"rules/{name}": packaged.joinpath(name).read_text("utf-8") for name in names}
     for folder in extra_dirs:
         if not folder.is_dir():
             raise UsageError(f"rules: {folder} is not a folder")
-        own = {str(path): path.read_text("utf-8") for path in folder.iterdir() if _is_page(path.name)}
+        own = {str(path): path.read_text("utf-8") for path in sorted(folder.iterdir()) if _is_page(path.name)}
         if not own:
             raise UsageError(f"rules: no page (*.md) in {folder}")
         pages |= own
     rules: list[Rule] = []
-    for path in sorted(pages):
-        rule = parse_page(pages[path], path)
+    for path, text in pages.items():
+        rule = parse_page(text, path)
         for other in rules:
             if rule.name == other.name or rule.code == other.code:
                 raise UsageError(f"{path}: {rule.name} ({rule.code}) has the name or code of {other.path}")
         rules.append(rule)
-    names = {rule.name for rule in rules}
+    known = {rule.name for rule in rules}
     for rule in rules:
         for explained in rule.explains:
-            if explained not in names:
-                raise UsageError(f"{rule.path}: explains: no rule {explained!r}{near(explained, names)}")
+            if explained not in known:
+                raise UsageError(f"{rule.path}: explains: no rule {explained!r}{near(explained, known)}")
     return Rulebook(tuple(sorted(rules, key=lambda rule: rule.code)))
 
 
@@ -147,6 +150,47 @@ def configure(rulebook: Rulebook, settings: Mapping[str, Mapping[str, Any]]) -> 
                 raise UsageError(f"{where}: no limit {limit!r}{near(limit, rule.limits)}")
         changed[rule.name] = replace(rule, limits={**rule.limits, **limits})
     return Rulebook(tuple(changed.get(rule.name, rule) for rule in rulebook.rules))
+
+
+def explain(rule: Rule, width: int = 80) -> str:
+    """The page as plain text for the terminal: definition, limits, and the sections written for people."""
+    levels = " / ".join(rule.conditions)
+    lines = [f"{rule.name} ({rule.code}, {levels}, {rule.status})", "=" * width]
+    lines += [*textwrap.wrap(rule.title, width), ""]
+    if rule.where is not None:
+        lines += textwrap.wrap(f"judged where: {rule.where.text}", width, subsequent_indent="    ")
+    for level, condition in rule.conditions.items():
+        lines += textwrap.wrap(f"{level} when: {condition.text}", width, subsequent_indent="    ")
+    lines += [f"limits.{name} = {value:g}" for name, value in rule.limits.items()]
+    for title, body in rule.sections.items():
+        if title not in ("Triggers", "Does not trigger"):
+            lines += ["", title, "-" * len(title), *_plain(body, width)]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(markdown: str, width: int) -> list[str]:
+    """Paragraphs and list items wrapped, code indented, links as `text (address)`."""
+    lines: list[str] = []
+    bullet = ""
+    for token in MarkdownIt("commonmark").parse(markdown):
+        if token.type in ("fence", "code_block"):
+            lines += [
+                *([""] if lines and lines[-1] else []),
+                *textwrap.indent(token.content.rstrip(), "    ").splitlines(),
+                "",
+            ]
+        elif token.type == "list_item_open":
+            bullet = "- "
+        elif token.type == "inline":
+            text = re.sub(r"\[([^\]]*)\]\(([^)]*)\)", r"\1 (\2)", " ".join(token.content.split()))
+            indent = "  " if token.level > 1 else ""
+            lines += textwrap.wrap(text, width, initial_indent=bullet or indent, subsequent_indent=indent)
+            bullet = ""
+        elif token.type == "paragraph_close" and token.level == 0:
+            lines.append("")
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
 
 
 def parse_page(text: str, path: str) -> Rule:
@@ -196,7 +240,7 @@ def _rule(
         message=table["message"],
         where=None if where is None else parse_condition(where, scope, limits, f"{path}: where"),
         rank=None if rank is None else parse_condition(rank, scope, limits, f"{path}: rank", "number"),
-        fixes=tuple(_choice(fix, tuple(FIXES), f"{path}: fixes") for fix in _texts(table, "fixes", path)),
+        fixes=tuple(_choice(fix, tuple(REMEDIES), f"{path}: fixes") for fix in _texts(table, "fixes", path)),
         explains=_texts(table, "explains", path),
         limits=limits,
         title=title,

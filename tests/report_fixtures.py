@@ -59,9 +59,11 @@ def sigmoid_chain(depth: int = 50) -> Report:
     blame = tuple(Blame(row.name, row.op_type, -0.6 if row.op_type == "Sigmoid" else 0.25) for row in layers)
     first = layers[0]
     layers[0] = LayerRow(**{**vars(first), "blame": blame})
-    swap = Fix("relu", "Use ReLU with He initialisation instead of Sigmoid:\n    nn.ReLU()\n"
-               "    nn.init.kaiming_normal_(layer.weight, nonlinearity=\"relu\")")  # fmt: skip
-    skip = Fix("skip-connection", "Add a skip connection around every second layer:\n    x = x + self.block(x)")
+    swap = Fix("relu", "Replace Sigmoid after `layers.0` by ReLU with He initialisation. PyTorch: `nn.ReLU(); "
+               "nn.init.kaiming_normal_(w, nonlinearity=\"relu\")`. Keras: `Dense(32, activation=\"relu\", "
+               "kernel_initializer=\"he_normal\")`.")  # fmt: skip
+    skip = Fix("skip-connection", "Add a skip connection around every second layer. PyTorch: `x = x + block(x)`. "
+               "Keras: `x = layers.add([x, block(x)])`.")  # fmt: skip
     loss = -0.35 * (depth - 1) - 0.6
     findings = (
         Finding("vanishing-gradient", "GL201", "error", "layers.0", None,

@@ -44,7 +44,9 @@ def rails(ladder: Sequence[Rung]) -> tuple[list[Rail], int]:
             lane_of[source], free_from[lane] = lane, max(readers[source])
     result = []
     for i in range(len(ladder)):
-        spans = [(lane, source, readers[source]) for source, lane in lane_of.items() if source <= i <= readers[source][-1]]
+        spans = [
+            (lane, source, readers[source]) for source, lane in lane_of.items() if source <= i <= readers[source][-1]
+        ]
         result.append(
             Rail(
                 starts=tuple(lane for lane, source, _ in spans if source == i),

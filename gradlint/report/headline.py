@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -155,6 +156,14 @@ def _blame(report: Report, finding: Finding) -> tuple[Blame, ...]:
         if name in rows and rows[name].blame:
             return rows[name].blame
     return ()
+
+
+def first_fix(report: Report) -> str:
+    """The first sentence of the worst finding's first fix; empty when nothing above a note asks for a change."""
+    for finding in ranked(report.findings):
+        if finding.level != "note" and finding.fixes:
+            return prose(re.split(r"(?<=[.:;])\s|\n", finding.fixes[0].text)[0].replace("`", ""))
+    return ""
 
 
 def verdict_facts(report: Report) -> tuple[str, str]:

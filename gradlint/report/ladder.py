@@ -98,8 +98,9 @@ def _bound(proved: Mapping[str, Any], cotangent: float | None) -> float | None:
 
 
 def axis(ladder: Sequence[Rung]) -> tuple[float, float]:
-    """Whole decades at both ends of the ladder's axis; at least -4 to 1, so that a healthy ladder looks calm."""
-    values = [v for rung in ladder for v in (rung.measured, rung.estimated) if v is not None]
+    """Whole decades at both ends of the ladder's axis; at least -4 to 1, so that a healthy ladder looks calm, and at
+    most what double precision can hold."""
+    values = [max(-400.0, min(v, 400.0)) for r in ladder for v in (r.measured, r.estimated) if v is not None]
     return float(min(-4, math.floor(min(values, default=0)))), float(max(1, math.ceil(max(values, default=0))))
 
 

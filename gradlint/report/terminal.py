@@ -118,7 +118,8 @@ def _finding(page: _Page, report: Report, finding: Finding) -> None:
     parts += [f" at {_place(finding, max(room, 12))}", (f" ({finding.evidence})", "dim")]
     page.add(*parts)
     page.field("", finding.message, 2)
-    if blame := blame_summary(finding_blame(report, finding)):
+    blame = blame_summary(finding_blame(report, finding))
+    if blame and blame.split(", ")[0].removesuffix(" decades") not in finding.message:
         page.field("blame", blame, 2)
     for fix in finding.fixes[: 1 if finding.level == "note" else 2]:
         for i, line in enumerate(fix.text.expandtabs(4).split("\n")):
@@ -168,7 +169,7 @@ def _bar(value: float | None, low: float, high: float, columns: int) -> str:
     cell = [" "] * columns
     cell[min(round((STARVED - low) / (high - low) * columns), columns - 1)] = ":"
     if value is not None:
-        halves = max(round((value - low) / (high - low) * columns * 2), 1)
+        halves = max(round((min(max(value, low), high) - low) / (high - low) * columns * 2), 1)
         cell[: halves // 2] = "█" * (halves // 2)
         if halves % 2:
             cell[halves // 2] = "▌"
@@ -189,5 +190,3 @@ def _scale(low: float, high: float, columns: int) -> str:
     for value in (0.0, STARVED, low, high):
         put(value)
     return "".join(line).rstrip()
-
-

@@ -114,7 +114,7 @@ def figure(value: float) -> str:
     """A number in at most three significant digits."""
     if value == 0 or 1e-2 <= abs(value) < 1e4:
         return f"{value:.3g}" if abs(value) < 1e3 else f"{value:.0f}"
-    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def number(facts: Mapping[str, Any], key: str) -> float | None:

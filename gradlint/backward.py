@@ -1,0 +1,122 @@
+"""The builder that vjp rows emit ONNX operators with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.graph import dims
+
+
+@dataclass
+class Backward:
+    """Builds the backward part of a graph. Equal expressions are built once (rows may recompute what others did).
+
+    needs: the values whose gradient is wanted or lies on the way to one.
+    """
+
+    mode: str
+    needs: set[ir.Value]
+    nodes: list[ir.Node] = field(default_factory=list)
+    _made: dict[Any, tuple[ir.Value, ...]] = field(default_factory=dict)
+    constants: dict[Any, ir.Value] = field(default_factory=dict)
+
+    def op(
+        self, op_type: str, *inputs: ir.Value | None, dtype: ir.DataType | None = None, **attributes: Any
+    ) -> ir.Value:
+        """One output of one operator; its type is that of the first typed input unless `dtype` says otherwise."""
+        return self.ops(op_type, *inputs, outputs=1, dtype=dtype, **attributes)[0]
+
+    def ops(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        dtype: ir.DataType | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> tuple[ir.Value, ...]:
+        """Several outputs of one operator."""
+        attributes = {k: v for k, v in attributes.items() if v is not None}
+        key = (op_type, domain, outputs, tuple(id(v) for v in inputs), repr(sorted(attributes.items())))
+        if key in self._made:
+            return self._made[key]
+        name = f"grad/{op_type}_{len(self.nodes)}"
+        node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs, name=name)
+        kind = (
+            dtype
+            if dtype is not None
+            else next((v.dtype for v in inputs if v is not None and v.dtype is not None), None)
+        )
+        for k, output in enumerate(node.outputs):
+            output.name = f"{name}.{k}"
+            if kind is not None:
+                output.dtype = kind
+        self.nodes.append(node)
+        self._made[key] = tuple(node.outputs)
+        return self._made[key]
+
+    def constant(self, array: Any, dtype: Any = np.int64) -> ir.Value:
+        """An initializer holding `array` (int64 unless told otherwise: axes, shapes, pads)."""
+        array = np.asarray(array, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self.constants:
+            name = f"grad/constant_{len(self.constants)}"
+            tensor = ir.tensor(array, name=name)
+            value = ir.Value(
+                name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+            )
+            self.constants[key] = value
+        return self.constants[key]
+
+    def scalar(self, number: float, like: ir.Value) -> ir.Value:
+        """A constant of rank 0 in the type of `like`."""
+        assert like.dtype is not None
+        return self.constant(number, like.dtype.numpy())
+
+    def shape(self, value: ir.Value) -> ir.Value:
+        """The shape of a value as an int64 vector: a constant where it is known, else computed when it runs."""
+        known = dims(value)
+        return self.constant(known) if known is not None else self.op("Shape", value, dtype=ir.DataType.INT64)
+
+    def wanted(self, value: ir.Value | None) -> bool:
+        return value is not None and value in self.needs
+
+    def sum_over(self, g: ir.Value, axes: Sequence[int], keepdims: bool = False) -> ir.Value:
+        return self.op("ReduceSum", g, self.constant(list(axes)), keepdims=int(keepdims)) if axes else g
+
+    def unbroadcast(self, g: ir.Value, target: ir.Value, full: ir.Value) -> ir.Value:
+        """Sum `g`, shaped like the value `full`, over the axes along which `target` was broadcast."""
+        big, small = full.shape, target.shape
+        if big is None or small is None:
+            return self._unbroadcast_at_run(g, target)
+        lead = len(big) - len(small)
+        axes = list(range(lead))
+        for a, (n, m) in enumerate(zip(list(big)[lead:], small, strict=True)):
+            if m == 1 and n != 1:
+                axes.append(lead + a)
+            elif m != n and not isinstance(m, int):
+                return self._unbroadcast_at_run(g, target)
+        if not axes:
+            return g
+        if all(a < lead for a in axes):
+            return self.sum_over(g, axes)
+        return self.op("Reshape", self.sum_over(g, axes, keepdims=True), self.shape(target))
+
+    def _unbroadcast_at_run(self, g: ir.Value, target: ir.Value) -> ir.Value:
+        """Where symbols hide which axes were stretched: sum over the axes whose sizes differ, found when it runs."""
+        shape = self.op("Shape", g, dtype=ir.DataType.INT64)
+        rank = self.op("Size", shape, dtype=ir.DataType.INT64)
+        small = self.op("Shape", target, dtype=ir.DataType.INT64)
+        missing = self.op(
+            "Reshape", self.op("Sub", rank, self.op("Size", small, dtype=ir.DataType.INT64)), self.constant([1])
+        )
+        padded = self.op("Concat", self.op("Expand", self.constant([1]), missing), small, axis=0)
+        differs = self.op("Not", self.op("Equal", shape, padded, dtype=ir.DataType.BOOL))
+        axes = self.op("Reshape", self.op("NonZero", differs, dtype=ir.DataType.INT64), self.constant([-1]))
+        summed = self.op("ReduceSum", g, axes, keepdims=1, noop_with_empty_axes=1)
+        return self.op("Reshape", summed, small)

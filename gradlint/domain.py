@@ -1,0 +1,108 @@
+"""What an analysis knows about one value: its moments, the second moment of its gradient, its range.
+
+Every array *broadcasts* against the value it describes: size 1 along an axis means "the same everywhere along it". Axes
+along which the arrays have size 1 although the value has more are its *positions* (pixels, tokens); the others are its
+*units* (channels, features). Activations of a convolution are described by arrays of shape (1, C, 1, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean and variance of a value, the variance split by what it varies with.
+
+    fixed: over positions, the same for every example (padding, position embeddings);
+    shared: over examples, the same at every position (what global pooling keeps);
+    local: over examples and positions at once.
+    """
+
+    mean: Array
+    fixed: Array
+    shared: Array
+    local: Array
+
+    @property
+    def var(self) -> Array:
+        return self.fixed + self.shared + self.local
+
+    @property
+    def second(self) -> Array:
+        """E[x^2] per unit."""
+        return self.mean**2 + self.var
+
+    def map(self, move: Callable[[Array], Array]) -> Moments:
+        """The same moments in another arrangement of axes."""
+        return Moments(move(self.mean), move(self.fixed), move(self.shared), move(self.local))
+
+    def scaled(self, factor: Array | float, shift: Array | float = 0.0) -> Moments:
+        """Moments of factor * x + shift, with a known factor per unit."""
+        square = np.square(factor)
+        return Moments(self.mean * factor + shift, self.fixed * square, self.shared * square, self.local * square)
+
+    @staticmethod
+    def constant(array: Array) -> Moments:
+        zero = np.zeros((1,) * np.ndim(array))
+        return Moments(np.asarray(array, np.float64), zero, zero, zero)
+
+    @staticmethod
+    def normal(rank: int, mean: float = 0.0, var: float = 1.0) -> Moments:
+        """Independent elements, alike everywhere."""
+        one = np.ones((1,) * rank)
+        return Moments(mean * one, 0 * one, 0 * one, var * one)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """E[g^2] of a value's gradient per element, split into the part that is the same at every position and the rest.
+
+    For a value that depends on the input g is the gradient of the per-example loss; for a weight, of the batch loss.
+    Under the linear loss with independent normal targets both have the same second moment for any batch size.
+    """
+
+    shared: Array
+    local: Array
+
+    @property
+    def total(self) -> Array:
+        return self.shared + self.local
+
+    def map(self, move: Callable[[Array], Array]) -> Gradient:
+        return Gradient(move(self.shared), move(self.local))
+
+    def scaled(self, square: Array | float) -> Gradient:
+        """The gradient times a factor whose square is `square`."""
+        return Gradient(self.shared * square, self.local * square)
+
+    def __add__(self, other: Gradient) -> Gradient:
+        """Where branches meet their gradients add; taken as uncorrelated, so second moments add."""
+        return Gradient(self.shared + other.shared, self.local + other.local)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """An interval that holds every element for every input in the declared range (sound; lo <= hi)."""
+
+    lo: Array
+    hi: Array
+
+    def map(self, move: Callable[[Array], Array]) -> Range:
+        return Range(move(self.lo), move(self.hi))
+
+
+def mean_over(array: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """Mean over `axes` of the full value that `array` describes, axes kept with size 1 (no full value is built)."""
+    return array.mean(axis=tuple(a for a in axes if array.shape[a] > 1), keepdims=True)
+
+
+def mean_element(array: Array, shape: tuple[int, ...]) -> float:
+    """Mean over all elements of the value: arrays that broadcast weigh every element alike, so a plain mean."""
+    return float(np.mean(array))

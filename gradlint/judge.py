@@ -1,0 +1,261 @@
+"""From facts to findings: which rules hold where, one finding per cause, and the verdict.
+
+A rule judges the subjects of its scope one by one. Subjects it holds for, with no subject between that it judged sound,
+share one finding, which the worst of them speaks for. What can't be decided for want of a fact counts as not judged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradlint.condition import evaluate, names_in, near
+from gradlint.exceptions import UsageError
+from gradlint.fact_table import FACTS, Scope, Subject
+from gradlint.fixes import choose_fixes
+from gradlint.message import message_facts, render_message
+from gradlint.results import LEVELS, Blame, Evidence, Finding, Level, Verdict
+from gradlint.rulebook import Rule, Rulebook
+
+_NOUNS: dict[Scope, str] = {
+    "model": "model",
+    "layer": "layer",
+    "activation": "activation",
+    "weight": "weight",
+    "recurrent": "recurrent layer",
+    "attention": "attention layer",
+}
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Subjects a rule was about, and could or couldn't decide."""
+
+    judged: int
+    not_judged: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Findings, worst first, and per rule name (rules that ran only) how many subjects were judged."""
+
+    findings: tuple[Finding, ...]
+    tallies: Mapping[str, Tally]
+
+
+@dataclass(frozen=True)
+class _Hit:
+    """A subject that a rule holds for, at which level, and the facts that made it hold."""
+
+    subject: Subject
+    level: Level
+    used: frozenset[str]
+    rank: float
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A finding with the rule and the graph position it came from."""
+
+    finding: Finding
+    rule: Rule
+    order: int
+
+
+def judge(
+    subjects: Sequence[Subject],
+    rulebook: Rulebook,
+    *,
+    preview: bool = False,
+    select: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    extend_select: Sequence[str] = (),
+) -> Judgement:
+    """Judge all subjects by the chosen rules.
+
+    `select` (default: every rule), `extend_select` and `ignore` take codes, the beginnings of codes (`GL2`) and names.
+    Preview rules take part with `preview`, or when named in full. Raises UsageError for a selector that fits no rule.
+    """
+    known = _with_model_facts(subjects)
+    tallies: dict[str, Tally] = {}
+    placed: list[_Placed] = []
+    for rule in _chosen(rulebook, preview, select, ignore, extend_select):
+        groups, tallies[rule.name] = _hits(rule, [subject for subject in known if subject.scope == rule.scope])
+        placed += [_finding(rule, group) for group in groups]
+    placed = _point_to_causes(placed)
+    placed.sort(key=lambda item: (LEVELS.index(item.finding.level), item.finding.code, item.order))
+    return Judgement(tuple(item.finding for item in placed), tallies)
+
+
+def verdict(findings: Iterable[Finding], risk: float | None) -> Verdict:
+    """fail: an error, and risk >= 0.5 or not judged. warn: any other error or warning, or risk >= 0.25. Else pass."""
+    levels = {finding.level for finding in findings}
+    if "error" in levels and (risk is None or risk >= 0.5):
+        return "fail"
+    if levels & {"error", "warning"} or (risk is not None and risk >= 0.25):
+        return "warn"
+    return "pass"
+
+
+def fingerprint(code: str, layer: str | None, weight: str | None) -> str:
+    """16 hex digits that stay the same as long as the rule, the layer's and the weight's names do."""
+    return hashlib.sha256("\0".join((code, layer or "", weight or "")).encode()).hexdigest()[:16]
+
+
+def _with_model_facts(subjects: Sequence[Subject]) -> list[Subject]:
+    """The subjects in graph order. Facts of the model are known everywhere; a subject's own come first."""
+    model = next((subject for subject in subjects if subject.scope == "model"), Subject("model"))
+    return [
+        replace(subject, facts={**model.facts, **subject.facts}, evidence={**model.evidence, **subject.evidence})
+        for subject in sorted(subjects, key=lambda subject: subject.order)
+    ]
+
+
+def _chosen(
+    rulebook: Rulebook,
+    preview: bool,
+    select: Sequence[str] | None,
+    ignore: Sequence[str],
+    extend_select: Sequence[str],
+) -> list[Rule]:
+    for selector in (*(select or ()), *ignore, *extend_select):
+        if not any(_matches(selector, rule) for rule in rulebook.rules):
+            words = [word for rule in rulebook.rules for word in (rule.name, rule.code)]
+            raise UsageError(f"no rule matches {selector!r}{near(selector, words)}")
+    wanted = (*(select or ()), *extend_select)
+    chosen = []
+    for rule in rulebook.rules:
+        on = select is None or any(_matches(selector, rule) for selector in wanted)
+        shown = rule.status == "stable" or preview or rule.name in wanted or rule.code in wanted
+        if on and shown and not any(_matches(selector, rule) for selector in ignore):
+            chosen.append(rule)
+    return chosen
+
+
+def _matches(selector: str, rule: Rule) -> bool:
+    return selector == rule.name or (selector != "" and rule.code.startswith(selector))
+
+
+def _hits(rule: Rule, subjects: list[Subject]) -> tuple[list[list[_Hit]], Tally]:
+    """The rule's hits, grouped where no subject judged sound stands between; subjects in graph order."""
+    groups: list[list[_Hit]] = []
+    judged = not_judged = 0
+    joined = False
+    for subject in subjects:
+        if rule.where is not None:
+            applies = evaluate(rule.where, subject.facts, rule.limits).value
+            not_judged += applies is None
+            if not applies:
+                continue
+        hit, decided = _decide(rule, subject)
+        judged += decided
+        not_judged += not decided
+        if hit is None:
+            joined = joined and not decided
+        elif joined:
+            groups[-1].append(hit)
+        else:
+            groups.append([hit])
+            joined = True
+    return groups, Tally(judged, not_judged)
+
+
+def _decide(rule: Rule, subject: Subject) -> tuple[_Hit | None, bool]:
+    """The strongest level whose condition is true; and whether the subject is decided: a hit, or all false."""
+    open_question = False
+    for level, condition in rule.conditions.items():
+        outcome = evaluate(condition, subject.facts, rule.limits)
+        if outcome.value:
+            ranked = evaluate(rule.rank, subject.facts, rule.limits).value if rule.rank else None
+            rank = float("-inf") if ranked is None else float(ranked)
+            return _Hit(subject, rule.forced_level or level, outcome.used, rank), True
+        open_question |= outcome.value is None
+    return None, not open_question
+
+
+def _finding(rule: Rule, group: list[_Hit]) -> _Placed:
+    worst = min(group, key=lambda hit: (LEVELS.index(hit.level), -hit.rank, hit.subject.order))
+    subject = worst.subject
+    context = {
+        **subject.facts,
+        "limits": rule.limits,
+        "layer": subject.layer,
+        "weight": subject.weight,
+        "blame": blame_in_words(subject.blame),
+    }
+    message = render_message(rule.message, context, rule.path)
+    metrics = _metrics(rule, subject)
+    if len(group) > 1:
+        first, last = (_name(hit.subject) for hit in (group[0], group[-1]))
+        noun = _NOUNS[rule.scope] + ("s" if len(group) > 2 else "")
+        message += f"; and {len(group) - 1} more {noun}, {first} to {last}"
+        metrics |= {"layers": len(group), "first": first, "last": last}
+    finding = Finding(
+        rule=rule.name,
+        code=rule.code,
+        level=worst.level,
+        layer=subject.layer,
+        weight=subject.weight,
+        message=message,
+        evidence=_evidence(subject, worst.used),
+        metrics=metrics,
+        fixes=choose_fixes(rule.fixes, subject),
+        source=subject.source,
+        fingerprint=fingerprint(rule.code, subject.layer, subject.weight),
+    )
+    return _Placed(finding, rule, subject.order)
+
+
+def blame_in_words(blame: Sequence[Blame]) -> str:
+    """The decay by operator, largest first: `30 Sigmoid -18.1, 30 MatMul +2.0`; at most four."""
+    sums: dict[str, tuple[int, float]] = {}
+    for item in blame:
+        count, total = sums.get(item.op_type, (0, 0.0))
+        sums[item.op_type] = (count + 1, total + item.decades)
+    ordered = sorted(sums.items(), key=lambda entry: (-abs(entry[1][1]), entry[0]))[:4]
+    return ", ".join(f"{count} {op} {total:+.1f}" for op, (count, total) in ordered if abs(total) >= 0.05)
+
+
+def _evidence(subject: Subject, used: frozenset[str]) -> Evidence:
+    """Measured if a measured fact decided; proved if all that decided is proved or read from the file."""
+    kinds = {kind for fact in used if (kind := _kind(subject, fact)) is not None}
+    if "measured" in kinds:
+        return "measured"
+    return "estimated" if "estimated" in kinds else "proved"
+
+
+def _kind(subject: Subject, fact: str) -> Evidence | None:
+    prefixes: tuple[Evidence, ...] = ("proved", "estimated", "measured")
+    implied = next((kind for kind in prefixes if fact.startswith(f"{kind}_")), None)
+    return subject.evidence.get(fact, implied)
+
+
+def _metrics(rule: Rule, subject: Subject) -> dict[str, Any]:
+    """The numbers that the rule's conditions and message speak of, by fact name."""
+    names = message_facts(rule.message).union(*(names_in(condition) for condition in rule.conditions.values()))
+    numbers = (name for name in sorted(names) if FACTS[name].kind == "number")
+    return {name: subject.facts[name] for name in numbers if subject.facts.get(name) is not None}
+
+
+def _name(subject: Subject) -> str:
+    return subject.weight or subject.layer or "the model"
+
+
+def _point_to_causes(placed: list[_Placed]) -> list[_Placed]:
+    """A finding that an error of another rule explains, and that lies upstream of it, says so."""
+    causes = [item for item in placed if item.finding.level == "error" and item.rule.explains]
+    pointed = []
+    for item in placed:
+        cause = next((c for c in causes if item.rule.name in c.rule.explains and item.order <= c.order), None)
+        if cause is not None:
+            place = cause.finding.layer or "the model"
+            finding = replace(
+                item.finding,
+                message=f"{item.finding.message}; a consequence of {cause.rule.name} at {place}",
+                metrics={**item.finding.metrics, "cause": cause.rule.name, "cause_layer": place},
+            )
+            item = replace(item, finding=finding)
+        pointed.append(item)
+    return pointed

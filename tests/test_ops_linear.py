@@ -1,0 +1,59 @@
+"""Matrix products."""
+
+import numpy as np
+import pytest
+
+from gradlint.testing import Activation, check_op
+
+RNG = np.random.default_rng(1)
+
+
+def normal(*shape: int, std: float = 1.0) -> np.ndarray:
+    return (std * RNG.standard_normal(shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (8, 5, 12), (2, 3, 4, 12)])
+def test_matmul_by_a_weight(shape: tuple[int, ...]) -> None:
+    check_op("MatMul", Activation(shape, mean=0.5), normal(12, 7, std=0.3))
+
+
+def test_matmul_by_a_weight_from_the_left() -> None:
+    check_op("MatMul", normal(7, 5, std=0.3), Activation((8, 5, 6)))
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((8, 4, 6), (8, 6, 5)),
+        ((8, 2, 4, 6), (8, 2, 6, 5)),
+        ((8, 2, 4, 6), (8, 1, 6, 5)),
+        ((8, 4, 6), (6, 5)),
+    ],
+)
+def test_matmul_of_two_activations(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    check_op(
+        "MatMul",
+        Activation(a, mean=0.3),
+        Activation(b, mean=-0.2),
+        moments=0.15,
+        pullback=None if len(b) == 2 else 0.15,
+    )
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [((6,), (6, 5)), ((4, 6), (6,)), ((6,), (6,)), ((3, 4, 6), (6,)), ((6,), (3, 6, 5))]
+)
+def test_matmul_of_vectors_has_a_vjp(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    check_op("MatMul", Activation(a), Activation(b), moments=None, pullback=None)
+
+
+@pytest.mark.parametrize("attributes", [{}, {"transB": 1}, {"alpha": 0.5, "beta": 2.0}, {"transB": 1, "alpha": 2.0}])
+def test_gemm(attributes: dict[str, float]) -> None:
+    w = normal(12, 7, std=0.3)
+    check_op(
+        "Gemm", Activation((8, 12), mean=0.5), w.T.copy() if attributes.get("transB") else w, normal(7), **attributes
+    )
+
+
+def test_gemm_transposed_input() -> None:
+    check_op("Gemm", Activation((8, 12)), normal(8, 7), normal(12, 1), transA=1, moments=None, pullback=None)

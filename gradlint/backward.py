@@ -16,14 +16,18 @@ from gradlint.graph import dims
 class Backward:
     """Builds the backward part of a graph. Equal expressions are built once (rows may recompute what others did).
 
-    needs: the values whose gradient is wanted or lies on the way to one.
+    needs: the values whose gradient is wanted or lies on the way to one. byproducts: gradients a row meets on the way,
+    by node and name (recurrent layers: "hidden", dL/dh at every step). prefix: starts the name of all that is built.
     """
 
     mode: str
     needs: set[ir.Value]
     nodes: list[ir.Node] = field(default_factory=list)
+    prefix: str = "grad"
+    _emitted: int = 0
     _made: dict[Any, tuple[ir.Value, ...]] = field(default_factory=dict)
     constants: dict[Any, ir.Value] = field(default_factory=dict)
+    byproducts: dict[tuple[ir.Node, str], ir.Value] = field(default_factory=dict)
 
     def op(
         self, op_type: str, *inputs: ir.Value | None, dtype: ir.DataType | None = None, **attributes: Any
@@ -45,7 +49,7 @@ class Backward:
         key = (op_type, domain, outputs, tuple(id(v) for v in inputs), repr(sorted(attributes.items())))
         if key in self._made:
             return self._made[key]
-        name = f"grad/{op_type}_{len(self.nodes)}"
+        name = f"{self.prefix}/{op_type}_{len(self.nodes)}"
         node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs, name=name)
         kind = (
             dtype
@@ -65,7 +69,7 @@ class Backward:
         array = np.asarray(array, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.constants:
-            name = f"grad/constant_{len(self.constants)}"
+            name = f"{self.prefix}/constant_{len(self.constants)}"
             tensor = ir.tensor(array, name=name)
             value = ir.Value(
                 name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
@@ -120,3 +124,11 @@ class Backward:
         axes = self.op("Reshape", self.op("NonZero", differs, dtype=ir.DataType.INT64), self.constant([-1]))
         summed = self.op("ReduceSum", g, axes, keepdims=1, noop_with_empty_axes=1)
         return self.op("Reshape", summed, small)
+
+    def emit(self, graph: ir.Graph) -> None:
+        """Append what was built since the last time to `graph`."""
+        graph.extend(self.nodes[self._emitted :])
+        self._emitted = len(self.nodes)
+        for value in self.constants.values():
+            if value.graph is None:
+                graph.register_initializer(value)

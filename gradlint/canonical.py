@@ -261,6 +261,7 @@ def _to_input(*names: str, position: int = 1, dtype: type = np.int64) -> Callabl
             if len(node.inputs) <= position + k:
                 node.resize_inputs(position + k + 1)
             array = np.asarray(attr.value, dtype=dtype)
+            array = np.atleast_1d(array) if dtype is np.int64 else array
             node.replace_input_with(position + k, constant(node.graph, f"{node.name}.{name}", array))
 
     return lift
@@ -313,7 +314,7 @@ def _reshape_output(node: ir.Node, shape: ir.Value) -> None:
     out, graph = node.outputs[0], node.graph
     assert graph is not None
     back = ir.node("Reshape", [out, shape], name=f"{node.name}.reshape")
-    back.outputs[0].dtype = out.dtype
+    back.outputs[0].dtype, back.outputs[0].shape, out.shape = out.dtype, out.shape, None
     ir.convenience.replace_all_uses_with(out, back.outputs[0], replace_graph_outputs=True)
     back.replace_input_with(0, out)
     graph.insert_after(node, back)

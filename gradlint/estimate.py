@@ -28,13 +28,14 @@ _BOUND_LIMIT = 1e6
 class Estimate:
     """What the file alone tells.
 
-    moments, gradients: per value; `unmodelled`: nodes whose operator has no row, `behind`: nodes whose estimate rests on
-    one; elements: elements of a value per example.
+    moments, gradients: per value; edges: what each (node, input) sends back, as a squared norm per example; unmodelled:
+    nodes whose operator has no row, behind: nodes whose estimate rests on one.
     """
 
     batch: int
     moments: Mapping[ir.Value, Moments]
     gradients: Mapping[ir.Value, Gradient]
+    edges: Mapping[tuple[ir.Node, int], float] = field(default_factory=dict)
     unmodelled: tuple[ir.Node, ...] = ()
     behind: frozenset[ir.Node] = frozenset()
     varies: frozenset[ir.Value] = frozenset()
@@ -86,8 +87,8 @@ def estimate(
         elif is_float(value):
             moments[value] = Moments.normal(rank)
     unmodelled, behind = _forward(ctx, graph, moments)
-    gradients = _backward(ctx, graph, moments)
-    return Estimate(batch, moments, gradients, tuple(unmodelled), frozenset(behind), varies)
+    gradients, edges = _backward(ctx, graph, moments)
+    return Estimate(batch, moments, gradients, edges, tuple(unmodelled), frozenset(behind), varies)
 
 
 def _known(ctx: Context, moments: dict[ir.Value, Moments], value: ir.Value | None) -> Moments | None:
@@ -147,8 +148,11 @@ def _finite(x: Moments) -> Moments:
     return x.map(lambda a: np.nan_to_num(a, nan=0.0, posinf=1e300, neginf=-1e300))
 
 
-def _backward(ctx: Context, graph: ir.Graph, moments: dict[ir.Value, Moments]) -> dict[ir.Value, Gradient]:
+def _backward(
+    ctx: Context, graph: ir.Graph, moments: dict[ir.Value, Moments]
+) -> tuple[dict[ir.Value, Gradient], dict[tuple[ir.Node, int], float]]:
     gradients: dict[ir.Value, Gradient] = {}
+    edges: dict[tuple[ir.Node, int], float] = {}
     for output in graph.outputs:
         if is_float(output):
             one = np.ones((1,) * len(output.shape or ()))
@@ -163,13 +167,15 @@ def _backward(ctx: Context, graph: ir.Graph, moments: dict[ir.Value, Moments]) -
         back = (
             rule(ctx, node, xs, ys, gs) if rule is not None else [_back_through(ctx, node, v, gs) for v in node.inputs]
         )
-        for value, g in zip(node.inputs, back, strict=False):
+        for k, (value, g) in enumerate(zip(node.inputs, back, strict=False)):
             if value is not None and g is not None and is_float(value):
                 gradients[value] = gradients[value] + g if value in gradients else g
+                size = math.prod(dims(value) or (1,)) / (ctx.batch if ctx.varies(value) else 1)
+                edges[node, k] = float(np.mean(g.total)) * max(1.0, size)
         for value in node.inputs:
             if value is not None and value.const_value is not None:
                 release(value.const_value)
-    return gradients
+    return gradients, edges
 
 
 def _back_through(ctx: Context, node: ir.Node, value: ir.Value | None, gs: list[Gradient | None]) -> Gradient | None:

@@ -21,6 +21,17 @@ _OPERATORS: Mapping[Cause, str] = {
     "norm": "BatchNormalization LayerNormalization InstanceNormalization GroupNormalization RMSNormalization "
     "LpNormalization",
 }
+_ACTIVATIONS: Mapping[str, str] = {
+    "relu": "Relu",
+    "leaky-relu": "LeakyRelu",
+    "prelu": "PRelu",
+    "elu": "Elu",
+    "selu": "Selu",
+    "swish": "Silu",
+    "gelu": "Gelu",
+    "tanh": "Tanh",
+    "softplus": "Softplus",
+}
 _CAUSE_OF: Mapping[str, Cause] = {op: cause for cause, operators in _OPERATORS.items() for op in operators.split()}
 
 
@@ -34,16 +45,38 @@ def main_cause(blame: Sequence[Blame]) -> Cause:
     return max(sums, key=lambda cause: sums[cause]) if sums else "other"
 
 
-def choose_fixes(names: Sequence[str], subject: Subject) -> tuple[Fix, ...]:
-    """The named remedies for this subject, those that treat the main cause first, else in the rule's order."""
+def choose_fixes(names: Sequence[str], subject: Subject, span: tuple[str, str] | None = None) -> tuple[Fix, ...]:
+    """The named remedies that can apply here: those that treat the main cause first, else in the rule's order.
+
+    `span` names the first and last layer where the finding is about several.
+    """
     cause = main_cause(subject.blame) if subject.blame else None
     ordered = sorted(names, key=lambda name: REMEDIES[name].treats != cause)
-    return tuple(Fix(name, write_fix(name, subject)) for name in ordered)
+    return tuple(Fix(name, write_fix(name, subject, span)) for name in ordered if _applies(name, subject))
 
 
-def write_fix(name: str, subject: Subject) -> str:
+def _applies(name: str, subject: Subject) -> bool:
+    """False for what is there already, and for time where none passes."""
+    facts = subject.facts
+    if REMEDIES[name].treats == "time":
+        operators = {str(facts.get("op_type")), *(item.op_type for item in subject.blame)}
+        return subject.scope == "recurrent" or any(_CAUSE_OF.get(op) == "time" for op in operators)
+    if name in _ACTIVATIONS:
+        return _ACTIVATIONS[name] not in (facts.get("activation"), facts.get("next_activation"))
+    if name in ("batch-norm", "layer-norm"):
+        return facts.get("follows_norm") is not True
+    if name == "skip-connections":
+        return facts.get("has_skip") is not True
+    if name == "scale-init":
+        return facts.get("init_factor") is not None
+    return True
+
+
+def write_fix(name: str, subject: Subject, span: tuple[str, str] | None = None) -> str:
     """The remedy's text for this subject: what and where, then the line for PyTorch and for Keras."""
     remedy = REMEDIES[name]
     values = places(subject) | (remedy.values(subject) if remedy.values else {})
+    if span is not None:
+        values["layer"] = f"`{span[0]}` to `{span[1]}`"
     text, pytorch, keras = (part.format(**values) for part in (remedy.text, remedy.pytorch, remedy.keras))
-    return f"{text}. PyTorch: `{pytorch}`. Keras: `{keras}`."
+    return f"{text[:1].upper()}{text[1:]}. PyTorch: `{pytorch}`. Keras: `{keras}`."

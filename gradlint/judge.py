@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from gradlint.condition import evaluate, names_in, near
@@ -72,17 +74,22 @@ def judge(
     select: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     extend_select: Sequence[str] = (),
+    layer_ignores: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Judgement:
     """Judge all subjects by the chosen rules.
 
     `select` (default: every rule), `extend_select` and `ignore` take codes, the beginnings of codes (`GL2`) and names.
-    Preview rules take part with `preview`, or when named in full. Raises UsageError for a selector that fits no rule.
+    Preview rules take part with `preview`, or when named in full. `layer_ignores` holds selectors by a glob on the
+    names of layers and weights they don't judge. Raises UsageError for a selector that fits no rule.
     """
     known = _with_model_facts(subjects)
+    _check_selectors(rulebook, [selector for some in layer_ignores.values() for selector in some])
     tallies: dict[str, Tally] = {}
     placed: list[_Placed] = []
-    for rule in _chosen(rulebook, preview, select, ignore, extend_select):
-        groups, tallies[rule.name] = _hits(rule, [subject for subject in known if subject.scope == rule.scope])
+    for rule in chosen(rulebook, preview=preview, select=select, ignore=ignore, extend_select=extend_select):
+        quiet = [glob for glob, some in layer_ignores.items() if any(_matches(selector, rule) for selector in some)]
+        scope = [subject for subject in known if subject.scope == rule.scope and not _is_named(subject, quiet)]
+        groups, tallies[rule.name] = _hits(rule, scope)
         placed += [_finding(rule, group) for group in groups]
     placed = _point_to_causes(placed)
     placed.sort(key=lambda item: (LEVELS.index(item.finding.level), item.finding.code, item.order))
@@ -113,29 +120,39 @@ def _with_model_facts(subjects: Sequence[Subject]) -> list[Subject]:
     ]
 
 
-def _chosen(
+def chosen(
     rulebook: Rulebook,
-    preview: bool,
-    select: Sequence[str] | None,
-    ignore: Sequence[str],
-    extend_select: Sequence[str],
+    *,
+    preview: bool = False,
+    select: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    extend_select: Sequence[str] = (),
 ) -> list[Rule]:
-    for selector in (*(select or ()), *ignore, *extend_select):
-        if not any(_matches(selector, rule) for rule in rulebook.rules):
-            words = [word for rule in rulebook.rules for word in (rule.name, rule.code)]
-            raise UsageError(f"no rule matches {selector!r}{near(selector, words)}")
+    """The rules that `judge` runs with these settings. Raises UsageError for a selector that fits no rule."""
+    _check_selectors(rulebook, (*(select or ()), *ignore, *extend_select))
     wanted = (*(select or ()), *extend_select)
-    chosen = []
+    running = []
     for rule in rulebook.rules:
         on = select is None or any(_matches(selector, rule) for selector in wanted)
         shown = rule.status == "stable" or preview or rule.name in wanted or rule.code in wanted
         if on and shown and not any(_matches(selector, rule) for selector in ignore):
-            chosen.append(rule)
-    return chosen
+            running.append(rule)
+    return running
+
+
+def _check_selectors(rulebook: Rulebook, selectors: Iterable[str]) -> None:
+    for selector in selectors:
+        if not any(_matches(selector, rule) for rule in rulebook.rules):
+            words = [word for rule in rulebook.rules for word in (rule.name, rule.code)]
+            raise UsageError(f"no rule matches {selector!r}{near(selector, words)}")
 
 
 def _matches(selector: str, rule: Rule) -> bool:
     return selector == rule.name or (selector != "" and rule.code.startswith(selector))
+
+
+def _is_named(subject: Subject, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for name in (subject.layer, subject.weight) if name for glob in globs)
 
 
 def _hits(rule: Rule, subjects: list[Subject]) -> tuple[list[list[_Hit]], Tally]:
@@ -187,8 +204,9 @@ def _finding(rule: Rule, group: list[_Hit]) -> _Placed:
     }
     message = render_message(rule.message, context, rule.path)
     metrics = _metrics(rule, subject)
+    span = None
     if len(group) > 1:
-        first, last = (_name(hit.subject) for hit in (group[0], group[-1]))
+        span = first, last = _name(group[0].subject), _name(group[-1].subject)
         noun = _NOUNS[rule.scope] + ("s" if len(group) > 2 else "")
         message += f"; and {len(group) - 1} more {noun}, {first} to {last}"
         metrics |= {"layers": len(group), "first": first, "last": last}
@@ -201,7 +219,7 @@ def _finding(rule: Rule, group: list[_Hit]) -> _Placed:
         message=message,
         evidence=_evidence(subject, worst.used),
         metrics=metrics,
-        fixes=choose_fixes(rule.fixes, subject),
+        fixes=choose_fixes(rule.fixes, subject, span),
         source=subject.source,
         fingerprint=fingerprint(rule.code, subject.layer, subject.weight),
     )

@@ -49,6 +49,7 @@ class Source:
     path: str
     sha256: str
     nodes: int
+    opset: int
 
 
 class MappedTensor(ir.ExternalTensor):
@@ -76,7 +77,13 @@ def read(path: str | os.PathLike[str]) -> Source:
     digest, size = hashlib.sha256(data).hexdigest(), len(data)
     del data
     model = from_proto(proto, str(path), path.parent, size)
-    return Source(model, str(path), digest, _count_nodes(proto.graph))
+    return source(model, str(path), digest, proto)
+
+
+def source(model: ir.Model, path: str, digest: str, proto: onnx.ModelProto) -> Source:
+    """A source with what the file itself says (the canonical form changes nodes and opset)."""
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    return Source(model, path, digest, _count_nodes(proto.graph), opset)
 
 
 def from_proto(proto: onnx.ModelProto, where: str, folder: Path, size: int | None = None) -> ir.Model:

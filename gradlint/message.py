@@ -79,6 +79,7 @@ def check_message(text: str, scope: Scope, limits: Limits, where: str) -> None:
             raise UsageError(f"{where}: no limit named {attribute.attr!r}{near(attribute.attr, limits)}")
 
 
+@lru_cache(maxsize=512)
 def message_facts(text: str) -> frozenset[str]:
     """The facts a message names."""
     return frozenset(meta.find_undeclared_variables(_ENVIRONMENT.parse(text)) - PLACES)

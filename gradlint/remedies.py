@@ -416,7 +416,7 @@ REMEDIES: dict[str, Remedy] = {
         "other",
         "Export again without folding",
         "{line}",
-        "model.export(path, format='onnx')  # with training=True calls, before any optimiser pass",
+        "model.export(path, format='onnx')",
         _re_export,
     ),
     "probe-data": Remedy(

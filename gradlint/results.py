@@ -83,7 +83,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One use of a weight by one layer. `parameter` is the framework's name, a list where an initializer packs several."""
+    """One use of a weight by one layer. `parameter` is the framework's name, a list if an initializer packs several."""
 
     name: str
     layer: str

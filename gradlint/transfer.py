@@ -25,8 +25,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import dims
-
-Function = Callable[[Array], Array]
+from gradlint.quadrature import Function, Piecewise, spectrum
 
 
 @dataclass(frozen=True)
@@ -97,85 +96,92 @@ def blocks(*ops: str) -> None:
 
 # -- elementwise functions of one input --------------------------------------------------------------------------------
 
-_HERMITE_ORDER = 6
+Pair = tuple[Function, Function]
 
 
-def _normal_nodes(count: int) -> tuple[Array, Array]:
-    """Nodes and weights with E[h(u)] = sum w h(u), u ~ N(0, 1) (Gauss-Hermite): for smooth h."""
-    x, w = np.polynomial.hermite_e.hermegauss(count)
-    return x, w / w.sum()
+@dataclass(frozen=True)
+class Elementwise:
+    """What is known about a function of one input.
+
+    functions(node) -> (f, f'); kinked: f or f' jumps; critical(node): where f' is 0 or jumps, and where |f'| has maxima;
+    slope(node, lo, hi): an upper bound of |f'| over an interval, where that of its ends and critical points isn't one;
+    positive: defined for z > 0 only, so z is taken as log-normal instead of normal.
+    """
+
+    functions: Callable[[ir.Node], Pair]
+    kinked: bool = False
+    critical: Callable[[ir.Node], Sequence[float]] = lambda node: ()
+    slope: Callable[[ir.Node, Array, Array], Array | None] | None = None
+    positive: bool = False
 
 
-def _normal_grid(count: int) -> tuple[Array, Array]:
-    """The same by a fine grid of equal cells over 8 standard deviations: for h with kinks and steps."""
-    edges = np.linspace(-8.0, 8.0, count + 1)
-    mass = np.diff([0.5 * math.erfc(-e / math.sqrt(2)) for e in edges])
-    return (edges[1:] + edges[:-1]) / 2, mass / mass.sum()
-
-
-def _hermite(x: Array) -> Array:
-    """Normalised Hermite polynomials He_k / sqrt(k!) at x, k = 0 .. order, shape (order + 1, len(x))."""
-    rows = [np.ones_like(x), x]
-    for k in range(2, _HERMITE_ORDER + 1):
-        rows.append((x * rows[-1] - math.sqrt(k - 1) * rows[-2]) / math.sqrt(k))
-    return np.stack(rows)
-
-
-_SMOOTH = _normal_nodes(21)
-_KINKED = _normal_grid(160)
-
-
-@dataclass(frozen=True, slots=True)
-class Spectrum:
-    """E[h(z)^2] and the squared Hermite coefficients of h for z ~ N(mean, var): coefficients[k] belongs to order k."""
-
-    mean: Array
-    second: Array
-    coefficients: Array
-
-    def correlated(self, rho: Array) -> Array:
-        """E[h(z1) h(z2)] where z1, z2 have correlation rho (Mehler): sum of c_k^2 rho^k, the tail taken at the last order."""
-        squares = self.coefficients
-        powers = np.stack([rho**k for k in range(len(squares))])
-        tail = np.maximum(self.second - squares.sum(axis=0), 0.0)
-        return (squares * powers).sum(axis=0) + tail * rho ** len(squares)
-
-
-def spectrum(h: Function, mean: Array, var: Array, *, kinked: bool) -> Spectrum:
-    """Hermite spectrum of h under z ~ N(mean, var), per unit. Assumes the pre-activation is normal."""
-    u, w = _KINKED if kinked else _SMOOTH
-    mean, var = np.broadcast_arrays(mean, var)
-    z = mean[..., None] + np.sqrt(var)[..., None] * u
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = h(z)
-        first = values @ w
-        second = np.square(values) @ w
-        coefficients = np.moveaxis(values @ (w * _hermite(u)).T, -1, 0)
-    return Spectrum(first, np.maximum(second, first**2), coefficients**2)
+# Every function of one input, by operator: the rows, composed functions and slopes all read this one definition.
+ELEMENTWISE: dict[str, Elementwise] = {}
 
 
 def _ratio(part: Array, whole: Array) -> Array:
     return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole > 0)
 
 
-def apply_moments(f: Function, x: Moments, *, kinked: bool) -> Moments:
+def apply_moments(f: Function, x: Moments, *, kinked: bool, kinks: Sequence[float] = ()) -> Moments:
     """Moments of f(z), z ~ N(mean, var): covariances over positions and over examples by Mehler's formula."""
-    s = spectrum(f, x.mean, x.var, kinked=kinked)
+    s = spectrum(f, x.mean, x.var, kinked=kinked, kinks=kinks)
     square = s.mean**2
     var = s.second - square
-    fixed = np.clip(s.correlated(_ratio(x.fixed, x.var)) - square, 0, var)
-    shared = np.clip(s.correlated(_ratio(x.shared, x.var)) - square, 0, var - fixed)
+    fixed = np.clip(s.correlated(_ratio(x.fixed, x.var)) - square, 0, var) if x.fixed.any() else np.zeros_like(var)
+    shared = s.correlated(_ratio(x.shared, x.var)) - square if x.shared.any() else np.zeros_like(var)
+    shared = np.clip(shared, 0, var - fixed)
     return Moments(s.mean, fixed, shared, var - fixed - shared)
 
 
-def apply_pullback(df: Function, x: Moments, g: Gradient, *, kinked: bool) -> Gradient:
+def apply_pullback(df: Function, x: Moments, g: Gradient, *, kinked: bool, kinks: Sequence[float] = ()) -> Gradient:
     """Second moment of g * f'(z); g and z taken as independent, slopes correlated over positions as z is."""
-    s = spectrum(df, x.mean, x.var, kinked=kinked)
-    shared = g.shared * np.minimum(s.correlated(_ratio(x.shared, x.var)), s.second)
+    s = spectrum(df, x.mean, x.var, kinked=kinked, kinks=kinks)
+    shared = np.zeros_like(s.second)
+    if g.shared.any():
+        shared = g.shared * np.minimum(s.correlated(_ratio(x.shared, x.var)), s.second)
     return Gradient(shared, g.total * s.second - shared)
 
 
-Pair = tuple[Function, Function]
+def logarithmic(x: Moments) -> Moments:
+    """Moments of ln z for z log-normal with the given ones; |mean| at least half a standard deviation is assumed."""
+    level = np.maximum(np.maximum(np.abs(x.mean), 0.5 * np.sqrt(x.var)), 1e-150)
+    spread = np.log1p(x.var / level**2)
+    part = _ratio(spread, x.var)
+    return Moments(np.log(level) - spread / 2, x.fixed * part, x.shared * part, x.local * part)
+
+
+def derivative(op: str, node: ir.Node) -> tuple[Function, Function, float | None]:
+    """f, f' and sup |f'| (None: unbounded) of an operator in ELEMENTWISE."""
+    rule = ELEMENTWISE[op]
+    f, df = rule.functions(node)
+    return f, df, _finite_max(steepest(rule, node, np.array(-np.inf), np.array(np.inf)))
+
+
+def _finite_max(slope: Array | None) -> float | None:
+    return None if slope is None or not np.isfinite(slope).all() else float(np.max(slope))
+
+
+def extremes(rule: Elementwise, node: ir.Node, h: Function, lo: Array, hi: Array) -> tuple[Array, Array]:
+    """Smallest and largest value of f or f' over [lo, hi], from its ends and critical points."""
+    lo, hi = np.asarray(lo, float), np.asarray(hi, float)
+    if isinstance(h, Piecewise):
+        ends = [
+            (np.where(ok, np.fmin(a, b), np.inf), np.where(ok, np.fmax(a, b), -np.inf)) for a, b, ok in h.over(lo, hi)
+        ]
+        return np.min([low for low, _ in ends], axis=0), np.max([high for _, high in ends], axis=0)
+    points = np.stack([lo, hi, *(np.clip(c, lo, hi) for c in rule.critical(node))])
+    values = np.stack([h(p) for p in points])
+    return values.min(axis=0), values.max(axis=0)
+
+
+def steepest(rule: Elementwise, node: ir.Node, lo: Array, hi: Array) -> Array | None:
+    """An upper bound of |f'| over [lo, hi]; None or infinite where there is none."""
+    with np.errstate(all="ignore"):
+        if rule.slope is not None:
+            return rule.slope(node, lo, hi)
+        low, high = extremes(rule, node, rule.functions(node)[1], lo, hi)
+        return np.maximum(np.abs(low), np.abs(high))
 
 
 def elementwise(
@@ -186,16 +192,17 @@ def elementwise(
     kinked: bool = False,
     critical: Callable[[ir.Node], Sequence[float]] = lambda node: (),
     slope: Callable[[ir.Node, Array, Array], Array | None] | None = None,
+    positive: bool = False,
 ) -> None:
-    """All five rows of a function of one input.
+    """All five rows of a function of one input (parameters as in `Elementwise`).
 
-    functions(node) -> (f, f'); moments and pullback by quadrature. The range is that of f at the ends of the interval and
-    at its critical points inside it (`critical`: where f' is 0 or jumps; between them f is monotone). slope(node, lo, hi)
-    is an upper bound of |f'| over [lo, hi]; without it |f'| at the ends and critical points must bound it.
+    Moments and pullback by quadrature, in closed form where `functions` gives a `Piecewise`. The range is that of f at the
+    ends of the interval and at its critical points inside it; between them f is monotone.
     """
+    rule = ELEMENTWISE[op] = Elementwise(functions, kinked, critical, slope, positive)
 
     def moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
-        return (None if xs[0] is None else apply_moments(functions(node)[0], xs[0], kinked=kinked),)
+        return (None if xs[0] is None else _apply(rule, node, xs[0], functions(node)[0]),)
 
     def pullback(
         ctx: Context,
@@ -207,17 +214,13 @@ def elementwise(
         none: tuple[Gradient | None, ...] = (None,) * (len(node.inputs) - 1)
         if xs[0] is None or gs[0] is None:
             return (gs[0], *none)
-        return (apply_pullback(functions(node)[1], xs[0], gs[0], kinked=kinked), *none)
-
-    def extremes(node: ir.Node, h: Function, lo: Array, hi: Array) -> tuple[Array, Array]:
-        ends = np.stack([h(lo), h(hi), *(h(np.clip(np.full_like(lo, c), lo, hi)) for c in critical(node))])
-        return ends.min(axis=0), ends.max(axis=0)
+        return (pull(rule, node, xs[0], gs[0]), *none)
 
     def range_(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
         if xs[0] is None:
             return (None,)
         with np.errstate(all="ignore"):
-            lo, hi = extremes(node, functions(node)[0], *np.broadcast_arrays(xs[0].lo, xs[0].hi))
+            lo, hi = extremes(rule, node, functions(node)[0], *np.broadcast_arrays(xs[0].lo, xs[0].hi))
         return (None if np.isnan(lo).any() or np.isnan(hi).any() else Range(lo, hi),)
 
     def bound(
@@ -225,17 +228,23 @@ def elementwise(
     ) -> Sequence[float | None]:
         none: tuple[float | None, ...] = (None,) * (len(node.inputs) - 1)
         lo, hi = (np.array(-np.inf), np.array(np.inf)) if xs[0] is None else np.broadcast_arrays(xs[0].lo, xs[0].hi)
-        with np.errstate(all="ignore"):
-            if slope is not None:
-                steepest = slope(node, lo, hi)
-            else:
-                low, high = extremes(node, functions(node)[1], lo, hi)
-                steepest = np.maximum(np.abs(low), np.abs(high))
-        if steepest is None or not np.isfinite(steepest).all():
-            return (None, *none)
-        return (float(np.max(steepest)), *none)
+        return (_finite_max(steepest(rule, node, lo, hi)), *none)
 
     row(op, moments=moments, range=range_, pullback=pullback, bound=bound, vjp=vjp)
+
+
+def _apply(rule: Elementwise, node: ir.Node, x: Moments, f: Function) -> Moments:
+    if rule.positive:
+        return apply_moments(lambda u: f(np.exp(u)), logarithmic(x), kinked=False)
+    return apply_moments(f, x, kinked=rule.kinked, kinks=rule.critical(node) if rule.kinked else ())
+
+
+def pull(rule: Elementwise, node: ir.Node, x: Moments, g: Gradient) -> Gradient:
+    """The gradient of a function's input from that of its output."""
+    df = rule.functions(node)[1]
+    if rule.positive:
+        return apply_pullback(lambda u: df(np.exp(u)), logarithmic(x), g, kinked=False)
+    return apply_pullback(df, x, g, kinked=rule.kinked, kinks=rule.critical(node) if rule.kinked else ())
 
 
 # -- operators that only move elements ---------------------------------------------------------------------------------

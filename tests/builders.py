@@ -22,6 +22,7 @@ class _Graph:
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
+        self.dtype = TensorProto.FLOAT
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
@@ -55,8 +56,8 @@ class _Graph:
     def model(self, shape: list[int | str], value: str, out_shape: list[int | str]) -> onnx.ModelProto:
         self.nodes[-1].output[0] = "y"
         assert value.endswith(".out")
-        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
-        y = helper.make_tensor_value_info("y", TensorProto.FLOAT, out_shape)
+        x = helper.make_tensor_value_info("x", self.dtype, shape)
+        y = helper.make_tensor_value_info("y", self.dtype, out_shape)
         graph = helper.make_graph(self.nodes, "model", [x], [y], self.initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
         onnx.checker.check_model(model, full_check=True)
@@ -92,6 +93,7 @@ def mlp(
     residual: bool = False,
     norm: bool = False,
     kernels: Sequence[str] = (),
+    half: bool = False,
     seed: int = 0,
 ) -> onnx.ModelProto:
     """`depth` hidden layers `layers.i` (Gemm) and `act.i`, and a linear head; `kernels`: kinds of the first kernels."""
@@ -107,6 +109,11 @@ def mlp(
             value = graph.node("Add", [below, value], f"add.{i}")
         size = width
     value = graph.dense(value, "head", _kernel(graph, "normal", (outputs, size), 1.0))
+    if half:
+        graph.dtype = TensorProto.FLOAT16
+        graph.initializers = [
+            numpy_helper.from_array(numpy_helper.to_array(w).astype(np.float16), w.name) for w in graph.initializers
+        ]
     return graph.model(["N", inputs], value, ["N", outputs])
 
 
@@ -151,6 +158,7 @@ def cnn(
 def rnn(
     *,
     cell: str = "RNN",
+    activation: str = "Tanh",
     steps: int = 50,
     inputs: int = 8,
     hidden: int = 16,
@@ -172,10 +180,10 @@ def rnn(
     start = {"RNN": None, "GRU": 0, "LSTM": 2 * hidden}[cell]
     if start is not None:
         bias[0, start : start + hidden] = gate_bias
-    names = ["", "rnn.last"]
-    graph.nodes.append(
-        helper.make_node(cell, ["x", kernel, recurrent, graph.weight("rnn.B", bias)], names, "rnn", hidden_size=hidden)
-    )
+    inputs_of_cell = ["x", kernel, recurrent, graph.weight("rnn.B", bias)]
+    graph.nodes.append(helper.make_node(cell, inputs_of_cell, ["", "rnn.last"], "rnn", hidden_size=hidden))
+    if cell == "RNN":
+        graph.nodes[-1].attribute.append(helper.make_attribute("activations", [activation]))
     last = graph.node("Squeeze", ["rnn.last", "zero"], "squeeze")
     graph.initializers.append(numpy_helper.from_array(np.array([0], np.int64), "zero"))
     value = graph.dense(last, "head", _kernel(graph, "normal", (outputs, hidden), 1.0))
@@ -236,6 +244,16 @@ def transformer(
 
 
 BUILDERS: dict[str, Callable[..., onnx.ModelProto]] = {"mlp": mlp, "cnn": cnn, "rnn": rnn, "transformer": transformer}
+
+
+# Data by name for examples on rule pages, given the shape of the input `x`.
+DATA: dict[str, Callable[[tuple[int, ...]], dict[str, np.ndarray]]] = {
+    "shifted": lambda shape: {"x": np.random.default_rng(0).normal(50.0, 20.0, shape).astype(np.float32)},
+    "classes": lambda shape: {
+        "x": np.random.default_rng(0).standard_normal(shape).astype(np.float32),
+        "target": np.arange(shape[0]) % 10,
+    },
+}
 
 
 def build(call: str) -> onnx.ModelProto:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+from gradlint.report import render
 from gradlint.results import (
     Blame,
     Coverage,
@@ -155,3 +157,23 @@ def hostile() -> Report:
     return Report(Summary("fail", math.nan, "init", counts, HOSTILE_NAMES[0]), model, settings,
                   Coverage(12, 3, 2, dict.fromkeys(HOSTILE_NAMES, 1)), tuple(layers), weights, findings,
                   _TIMING)  # fmt: skip
+
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+
+
+def snapshots() -> dict[str, str]:
+    """What the files in `snapshots` hold, by name; run this file to write them anew, then read the difference."""
+    reports = {"sigmoid": sigmoid_chain(), "resnet": healthy_resnet()}
+    texts = {f"full-{name}.txt": render([report], "full") for name, report in reports.items()}
+    texts["full-color.txt"] = render([sigmoid_chain(3)], "full", color=True, width=60)
+    small = [sigmoid_chain(3), healthy_resnet(1)]
+    for name, format in (("concise", "concise.txt"), ("github", "github.txt"), ("markdown", "markdown.md"),
+                         ("junit", "junit.xml"), ("gitlab", "gitlab.json")):  # fmt: skip
+        texts[format] = render(small, name)
+    return texts
+
+
+if __name__ == "__main__":
+    for name, text in snapshots().items():
+        (SNAPSHOTS / name).write_text(text, encoding="utf-8")

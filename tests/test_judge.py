@@ -166,7 +166,7 @@ def test_finding_carries_the_evidence_of_its_facts(evidence: Evidence) -> None:
 
 
 def test_measured_wins_and_structure_is_proved() -> None:
-    mixed = subject("activation", op_type="Relu", dead=0.9, samples_per_unit=8.0, estimated_dead=0.8)
+    mixed = subject("activation", op_type="Relu", width=64, dead=0.9, samples_per_unit=8.0, estimated_dead=0.8)
     mixed = Subject("activation", layer="a", facts=mixed.facts, evidence={"dead": "measured"})
     assert only(judge([mixed], BOOK, select=("GL104",))).evidence == "measured"
     folded = Subject("model", facts={"folded_batchnorm": 3.0, "folded_layers": "conv1, conv2, conv3"})
@@ -176,9 +176,22 @@ def test_measured_wins_and_structure_is_proved() -> None:
 
 
 def test_few_samples_need_the_estimate_to_agree() -> None:
-    few = {"op_type": "Relu", "dead": 0.9, "samples_per_unit": 8.0}
+    few = {"op_type": "Relu", "dead": 0.9, "samples_per_unit": 8.0, "width": 64}
     assert judge([subject("activation", **few, estimated_dead=0.1, proved_dead=0.0)], BOOK).findings == ()
     assert only(judge([subject("activation", **few, estimated_dead=0.9)], BOOK)).rule == "dead-relu"
+
+
+def test_half_the_units_of_a_narrow_layer_may_be_off_by_chance() -> None:
+    levels = [
+        [
+            f.level
+            for f in judge(
+                [subject("activation", op_type="Relu", dead=0.72, width=width, samples_per_unit=640.0)], BOOK
+            ).findings
+        ]
+        for width in (10, 400)
+    ]
+    assert levels == [[], ["error"]]
 
 
 def test_facts_of_the_model_are_known_everywhere() -> None:
@@ -205,7 +218,7 @@ def test_findings_are_sorted_by_level_then_code_then_place() -> None:
 
 
 def test_an_error_explains_what_lies_upstream_of_it() -> None:
-    dead = subject("activation", "relu.1", 1, op_type="Relu", dead=0.9, samples_per_unit=640.0)
+    dead = subject("activation", "relu.1", 1, op_type="Relu", width=64, dead=0.9, samples_per_unit=640.0)
     findings = judge([*chain(-4.0, -1.0, -4.0), dead], BOOK, select=("GL104", "GL201")).findings
     _, upstream, downstream = findings
     assert upstream.message.endswith("; a consequence of dead-relu at relu.1")
@@ -327,15 +340,26 @@ def test_main_cause_took_most_decades(operators: tuple[tuple[str, float], ...], 
 
 
 def test_fixes_follow_the_blame() -> None:
-    names = ("relu", "he-init", "lstm", "elu")
+    names = ("relu", "he-init", "elu", "lstm")
     by_blame = {
         op: [fix.name for fix in choose_fixes(names, Subject("layer", "a", blame=(Blame("n", op, -5.0),)))]
         for op in ("Sigmoid", "Gemm", "RNN")
     }
-    assert by_blame["Sigmoid"] == ["relu", "elu", "he-init", "lstm"]
-    assert by_blame["Gemm"] == ["he-init", "relu", "lstm", "elu"]
+    assert by_blame["Sigmoid"] == ["relu", "elu", "he-init"]
+    assert by_blame["Gemm"] == ["he-init", "relu", "elu"]
     assert by_blame["RNN"] == ["lstm", "relu", "he-init", "elu"]
-    assert [fix.name for fix in choose_fixes(names, Subject("layer", "a"))] == list(names)
+    assert [fix.name for fix in choose_fixes(names, Subject("recurrent", "a"))] == list(names)
+
+
+def test_what_is_there_already_is_no_fix() -> None:
+    names = ("relu", "elu", "batch-norm", "skip-connections", "scale-init")
+    here = {"next_activation": "Relu", "follows_norm": True, "has_skip": True}
+    assert [fix.name for fix in choose_fixes(names, Subject("layer", "a", facts=here))] == ["elu"]
+
+
+def test_fix_names_the_whole_span_of_a_group() -> None:
+    found = only(judge(chain(-4.0, -5.5, -2.5), BOOK, select=CHAIN))
+    assert found.fixes[0].text.startswith("Replace the activation at `layers.0` to `layers.2` by ReLU")
 
 
 @pytest.mark.parametrize(

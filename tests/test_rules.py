@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx.parser
 import pytest
-from builders import build
+from builders import DATA, build
 
 import gradlint
 from gradlint.exceptions import UsageError
@@ -77,9 +78,14 @@ Expect: nothing
 
 
 @pytest.mark.parametrize(("rule", "example"), EXAMPLES)
-def test_example_yields_what_the_page_says(rule: Rule, example: Example) -> None:
+def test_example_yields_what_the_page_says(rule: Rule, example: Example, tmp_path: Path) -> None:
     model = build(example.text) if example.kind == "python" else onnx.parser.parse_model(example.text)
-    report = gradlint.check(model, preview=rule.status == "preview", **example.options)
+    options = dict(example.options)
+    if "data" in options:
+        shape = (16, model.graph.input[0].type.tensor_type.shape.dim[1].dim_value)
+        np.savez(tmp_path / "data.npz", **DATA[options["data"]](shape))
+        options["data"] = tmp_path / "data.npz"
+    report = gradlint.check(model, preview=rule.status == "preview", **options)
     found = {finding.rule for finding in report.findings}
     alarms = {finding.rule for finding in report.findings if finding.level != "note"}
     assert (rule.name in found) is example.triggers

@@ -2,10 +2,22 @@
 
 from gradlint.ops import (
     activation,
+    indexing,
     linear,
+    recurrent,
+    reduction,
+    shape,
+    slicing,
+    softmax,
 )
 
 __all__ = [
     "activation",
+    "indexing",
     "linear",
+    "recurrent",
+    "reduction",
+    "shape",
+    "slicing",
+    "softmax",
 ]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 from gradlint.exceptions import UsageError
-from gradlint.report import as_json, concise, page, terminal
 from gradlint.report.headline import headline
 from gradlint.results import Report
 
 __all__ = ["FORMATS", "headline", "render"]
 
-FORMATS: dict[str, Callable[..., str]] = {
-    "full": terminal.render,
-    "concise": concise.render,
-    "json": as_json.render,
-    "html": page.render,
+# The module of each format; it is imported when it is asked for, so that the command starts fast.
+FORMATS = {
+    "full": "terminal",
+    "concise": "concise",
+    "json": "as_json",
+    "html": "page",
+    "sarif": "sarif",
+    "github": "github",
+    "gitlab": "gitlab",
+    "junit": "junit",
+    "markdown": "markdown",
 }
 
 
@@ -26,6 +32,7 @@ def render(reports: Sequence[Report], format: str, *, color: bool = False, width
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: one of {', '.join(FORMATS)}")
-    if format == "full":
-        return terminal.render(reports, color=color, width=width)
-    return FORMATS[format](reports)
+    renderer = import_module(f"gradlint.report.{FORMATS[format]}")
+    options = {"color": color, "width": width} if format == "full" else {}
+    text: str = renderer.render(reports, **options)
+    return text

@@ -124,7 +124,8 @@ def render(reports: Sequence[Report]) -> str:
     """One page for all reports; it loads nothing, and everything on it can be read without its script."""
     style, style_hash = _inline("page.css")
     script, script_hash = _inline("page.js")
-    rules = sorted({(f.code, f.rule) for report in reports for f in report.findings})
+    codes = {finding.rule: finding.code for report in reports for finding in report.findings}
+    rules = sorted((label(code, 20), rule) for rule, code in codes.items())
     policy = (
         f"default-src 'none'; style-src {style_hash}; script-src {script_hash}; base-uri 'none'; form-action 'none'"
     )

@@ -40,13 +40,17 @@ class _Page:
 
     def add(self, *parts: tuple[str, str] | str) -> None:
         """One line of (text, style) parts, cut at the page's width."""
-        room, line = self.width, ""
+        room, line, gap = self.width, "", ""
         for part in parts:
             text, styles = (part, "") if isinstance(part, str) else part
             text = clip(text, room) if room > 0 else ""
             room -= cells(text)
-            line += self.style(text, *styles.split()) if styles else text
-        self.lines.append(line.rstrip())
+            shown = text.rstrip()
+            if shown:
+                line += gap + (self.style(shown, *styles.split()) if styles else shown)
+                gap = ""
+            gap += text[len(shown) :]
+        self.lines.append(line)
 
     def field(self, name: str, text: str, indent: int = 0) -> None:
         """A name and its wrapped text, further lines hanging; a line's own indent (code) is kept."""
@@ -128,18 +132,25 @@ def _finding(page: _Page, report: Report, finding: Finding) -> None:
         page.field("source", f"{label(finding.source.file)}:{finding.source.line}", 2)
 
 
+def ladder(report: Report, width: int) -> list[str]:
+    """The ladder's lines without colour."""
+    page = _Page(False, width)
+    _ladder(page, report)
+    return page.lines[1:]
+
+
 def _ladder(page: _Page, report: Report) -> None:
-    ladder = rungs(report)
-    if not ladder:
+    every = rungs(report)
+    if not every:
         return
-    lines = fold(ladder, LADDER_LINES[report.summary.verdict], report.summary.worst_layer)
-    low, high = axis(ladder)
-    ops = min(max(cells(label(rung.row.op_type)) for rung in ladder), 14)
+    lines = fold(every, LADDER_LINES[report.summary.verdict], report.summary.worst_layer)
+    low, high = axis(every)
+    ops = min(max(cells(label(rung.row.op_type)) for rung in every), 14)
     names = max(cells(_name(line)) - (ops + 1 if isinstance(line, Fold) else 0) for line in lines)
     names = min(max(names, 8), max(page.width - ops - 2 - 7 - 24, 10))
     bar = min(page.width - names - ops - 2 - 7, 48)
     page.lines.append("")
-    title = "Gradient, in decades of the output's" + ("  (~ estimated)" if _guessed(ladder) else "")
+    title = "Gradient, in decades of the output's" + ("  (~ estimated)" if _guessed(every) else "")
     page.add((title, "dim"))
     scale = _scale(low, high, bar)
     page.add((" " * (names + ops + 2) + scale, "dim"))
@@ -156,8 +167,8 @@ def _ladder(page: _Page, report: Report) -> None:
         page.add(pad(left, names + ops + 2), (filled, style), (drawn[len(filled) :], "dim"), f"{value:>7}")
 
 
-def _guessed(ladder: Sequence[Rung]) -> bool:
-    return any(rung.measured is None and rung.estimated is not None for rung in ladder)
+def _guessed(every: Sequence[Rung]) -> bool:
+    return any(rung.measured is None and rung.estimated is not None for rung in every)
 
 
 def _name(line: Rung | Fold) -> str:

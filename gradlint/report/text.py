@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 # Control characters (C0, C1), format characters (bidirectional overrides and isolates, zero-width marks, tags),
-# lone surrogates, line and paragraph separators: none of them may reach an output as it is.
-_HOSTILE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+# non-characters, lone surrogates, line and paragraph separators: none of them may reach an output as it is.
+_HOSTILE = frozenset({"Cc", "Cf", "Cn", "Cs", "Zl", "Zp"})
 NAME_LIMIT = 160
 
 

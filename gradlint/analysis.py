@@ -1,0 +1,285 @@
+"""The straight line: load, estimate, probe, gather, judge; the outcome is one Report."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.canonical import Dims, canonicalize
+from gradlint.data import Data, check_inputs, read_data, synthetic
+from gradlint.domain import Moments, Range
+from gradlint.estimate import Estimate, Proof, estimate, prove
+from gradlint.exceptions import DataError, UsageError
+from gradlint.fact_table import Fact
+from gradlint.facts import EXPORT_LINE, Facts, anatomy, gather, request
+from gradlint.graph import FLOATS, dims, folded_batchnorms, is_float, op, split_merged
+from gradlint.judge import judge, verdict
+from gradlint.load import Source, from_proto, read, source
+from gradlint.options import Options
+from gradlint.results import LEVELS, Coverage, ModelInfo, Report, Settings, Summary
+from gradlint.risk import risk
+from gradlint.rulebook import Rulebook, load_rules
+from gradlint.stage import guess_stage
+
+if TYPE_CHECKING:
+    import onnx
+
+    from gradlint.probe import Probe, Skipped
+
+_RANGE = 6.0  # the declared range of float inputs: synthetic data is clipped to it
+
+
+def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, book: Rulebook | None = None) -> Report:
+    """Analyse one model and judge it by the rules of `book` (default: gradlint's own and those of `options.rules`)."""
+    began = time.perf_counter()
+    source = _source(model)
+    data = _given(source.model.graph, options)
+    assumed = list(canonicalize(source.model, _dims(options, data), source.path))
+    split_merged(source.model)
+    graph = source.model.graph
+    loaded = time.perf_counter()
+    parts = anatomy(graph)
+    guess = _estimate(graph, options, data, assumed)
+    proof = prove(graph, _ranges(graph, options), batch=guess.batch, mode=options.mode)
+    estimated = time.perf_counter()
+    probed, origin = _probe(source, guess, parts, options, data)
+    stage = options.stage or guess_stage(parts.uses)
+    model_facts = _model_facts(graph, parts, guess, probed, options, stage)
+    facts = gather(parts, guess, proof, probed, options, model_facts)
+    score = risk(facts, options)
+    found = judge(
+        facts.subjects,
+        book or load_rules(options.rules),
+        preview=options.preview,
+        select=options.select,
+        ignore=options.ignore,
+        extend_select=options.extend_select,
+    ).findings
+    timing = {
+        "load_s": loaded - began,
+        "estimate_s": estimated - loaded,
+        "probe_build_s": getattr(probed, "build_s", 0.0),
+        "probe_run_s": getattr(probed, "run_s", 0.0),
+        "total_s": time.perf_counter() - began,
+    }
+    counts = Counter(f.level for f in found)
+    return Report(
+        summary=Summary(verdict(found, score), score, stage, {k: counts[k] for k in LEVELS}, _worst(facts)),
+        model=_model_info(source, graph, facts),
+        settings=Settings(options.mode, options.loss, options.seed, _examples(probed, guess), origin, tuple(assumed)),
+        coverage=_coverage(graph, guess, probed),
+        layers=facts.layers,
+        weights=facts.weights,
+        findings=found,
+        timing={k: round(v, 6) for k, v in timing.items()},
+    )
+
+
+def _source(model: str | os.PathLike[str] | onnx.ModelProto) -> Source:
+    if isinstance(model, str | os.PathLike):
+        return read(model)
+    content = model.SerializeToString(deterministic=True)
+    return source(from_proto(model, "model", Path(".")), "model", hashlib.sha256(content).hexdigest(), model)
+
+
+def _given(graph: ir.Graph, options: Options) -> Data | None:
+    """The user's data, checked; scalars of --input are filled in later, when shapes are known."""
+    inputs = {str(v.name): v for v in graph.inputs if v.name not in graph.initializers}
+    for name in (*options.values, *options.ranges, *options.stats):
+        if name not in inputs:
+            raise UsageError(f"the model has no input {name!r} (inputs: {', '.join(inputs)})")
+    if options.data is None:
+        return None
+    outputs = tuple(str(o.name) for o in graph.outputs)
+    return check_inputs(read_data(options.data, inputs, outputs), inputs)
+
+
+def _dims(options: Options, data: Data | None) -> Dims:
+    """Sizes of symbolic dimensions: as given, else as the data has them."""
+    shapes = {**({n: a.shape for n, a in data.inputs.items()} if data else {}), **options.shapes}
+    return Dims(options.batch, options.dims, shapes)
+
+
+def _batch(graph: ir.Graph) -> int:
+    """Examples per run: the length of the axis examples lie along (axis 1 for a sequence-first recurrent input)."""
+    for value in graph.inputs:
+        shape = dims(value)
+        if shape and is_float(value):
+            recurrent = len(shape) == 3 and any(
+                op(u.node) in ("LSTM", "GRU", "RNN") and u.idx == 0 for u in value.uses()
+            )
+            return max(1, shape[1] if recurrent else shape[0])
+    return max(1, next((s[0] for v in graph.inputs if (s := dims(v))), 1))
+
+
+def _estimate(graph: ir.Graph, options: Options, data: Data | None, assumed: list[str]) -> Estimate:
+    inputs: dict[str, Moments] = {}
+    for value in graph.inputs:
+        name, rank = str(value.name), len(value.shape or ())
+        if not is_float(value):
+            continue
+        if name in options.stats:
+            means, deviations = (np.asarray(s, np.float64) for s in options.stats[name])
+            axis = 1 if rank >= 3 else rank - 1
+            shape = [-1 if a == axis and max(means.size, deviations.size) > 1 else 1 for a in range(rank)]
+            zero = np.zeros((1,) * rank)
+            inputs[name] = Moments(means.reshape(shape), zero, zero, np.square(deviations).reshape(shape))
+        elif name in options.ranges:
+            low, high = options.ranges[name]
+            inputs[name] = Moments.normal(rank, (low + high) / 2, (high - low) ** 2 / 12)
+        elif data is not None and name in data.inputs:
+            array = data.inputs[name].astype(np.float64)
+            inputs[name] = Moments.normal(rank, float(array.mean()), float(array.var()))
+        else:
+            continue
+        assumed.append(
+            f"{name}: mean {float(inputs[name].mean.mean()):.3g}, variance {float(inputs[name].var.mean()):.3g}"
+        )
+    if not inputs and any(is_float(v) for v in graph.inputs):
+        assumed.append("inputs estimated as standard normal")
+    return estimate(graph, batch=_batch(graph), mode=options.mode, inputs=inputs)
+
+
+def _ranges(graph: ir.Graph, options: Options) -> dict[str, Range]:
+    found = {}
+    for value in graph.inputs:
+        if is_float(value):
+            low, high = options.ranges.get(str(value.name), (-_RANGE, _RANGE))
+            one = np.ones((1,) * len(value.shape or ()))
+            found[str(value.name)] = Range(low * one, high * one)
+    return found
+
+
+def _probe(
+    source: Source, guess: Estimate, parts: Any, options: Options, data: Data | None
+) -> tuple[Probe | Skipped | None, str]:
+    """The measurement, or why there is none; and where its data came from, in words."""
+    if not options.probe:
+        return None, "none"
+    from gradlint.probe import Skipped, probe
+
+    graph = source.model.graph
+    given = dict(data.inputs) if data else {}
+    for value in graph.inputs:
+        name = str(value.name)
+        if name in options.values and value.dtype is not None:
+            kind = np.float32 if value.dtype in FLOATS else value.dtype.numpy()
+            given[name] = np.full(dims(value) or (), options.values[name], kind)
+    try:
+        made = synthetic(graph, options.seed, given)
+    except DataError as error:
+        return Skipped(str(error), "give --data or --input-shape"), "none"
+    origin = data.origin if data else "synthetic"
+    if data is not None and made:
+        origin += f" (synthetic: {', '.join(made)})"
+    whole = Data({**made, **given}, data.targets if data else {}, origin)
+    found = probe(
+        source.model,
+        whole,
+        request(parts, guess),
+        loss=options.loss,
+        mode=options.mode,
+        seed=options.seed,
+        threads=options.threads,
+        timeout=options.timeout,
+    )
+    return found, origin
+
+
+def _model_facts(
+    graph: ir.Graph, parts: Any, guess: Estimate, probed: Probe | Skipped | None, options: Options, stage: str
+) -> dict[str, Fact]:
+    folded = folded_batchnorms(graph)
+    unmodelled = Counter(op(n) for n in guess.unmodelled)
+    nodes = sum(1 for _ in graph)
+    facts: dict[str, Fact] = {
+        "stage": stage,
+        "stage_given": options.stage is not None,
+        "mode": options.mode,
+        "loss": options.loss,
+        "batch": _examples(probed, guess),
+        "data_given": options.data is not None,
+        "optimizer": options.optimizer,
+        "learning_rate": options.lr,
+        "layers": len(parts.layers),
+        "weights": len(parts.uses),
+        "model_parameters": _parameters(parts),
+        "folded_batchnorm": len(folded),
+        "folded_layers": _few([str(n.name) for n in folded]),
+        "export_line": EXPORT_LINE,
+        "unmodelled_nodes": sum(unmodelled.values()),
+        "unmodelled_share": len(guess.behind) / max(1, nodes),
+        "unmodelled_ops": ", ".join(f"{name} ({n})" for name, n in sorted(unmodelled.items())),
+        "quantized_ops": sum(1 for n in graph.all_nodes() if "Quantize" in n.op_type or n.op_type.endswith("Integer")),
+        "probe_skipped": False,
+        "cut_nodes": 0,
+    }
+    if probed is not None and hasattr(probed, "reason"):
+        facts |= {"probe_skipped": True, "probe_skipped_reason": probed.reason, "probe_remedy": probed.remedy or None}
+    elif probed is not None:
+        cuts = Counter(c.op_type for c in probed.cuts)
+        facts["cut_nodes"] = sum(cuts.values())
+        facts["cut_ops"] = ", ".join(f"{name} ({n})" for name, n in sorted(cuts.items()))
+    return facts
+
+
+def _few(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _parameters(parts: Any) -> int:
+    return sum(math.prod(dims(v) or ()) for v in {u.value for u in parts.uses})
+
+
+def _examples(probed: Probe | Skipped | None, guess: Estimate) -> int:
+    return getattr(probed, "examples", guess.batch)
+
+
+def _coverage(graph: ir.Graph, guess: Estimate, probed: Probe | Skipped | None) -> Coverage:
+    nodes = list(graph)
+    measured = getattr(probed, "measured", frozenset())
+    return Coverage(
+        nodes=len(nodes),
+        estimated=sum(n not in guess.behind for n in nodes),
+        measured=sum(str(n.name) in measured for n in nodes),
+        unmodelled=dict(sorted(Counter(op(n) for n in guess.unmodelled).items())),
+    )
+
+
+def _worst(facts: Facts) -> str | None:
+    """The layer with the least trunk gradient by the best evidence, if it is behind at all."""
+    rows = [(s.facts["trunk_decades"], s.layer) for s in facts.subjects if s.layer and "trunk_decades" in s.facts]
+    finite = [(float(d), name) for d, name in rows if isinstance(d, float | int)]
+    return min(finite, default=(0.0, None), key=lambda row: row[0])[1]
+
+
+def _model_info(source: Source, graph: ir.Graph, facts: Facts) -> ModelInfo:
+    model = source.model
+    producer = " ".join(p for p in (model.producer_name, model.producer_version) if p)
+    return ModelInfo(
+        path=source.path,
+        sha256=source.sha256,
+        producer=producer,
+        opset=source.opset,
+        nodes=source.nodes,
+        parameters=int(facts.model.get("model_parameters") or 0),
+        inputs=tuple(_described(v) for v in graph.inputs),
+        outputs=tuple(_described(v) for v in graph.outputs),
+    )
+
+
+def _described(value: ir.Value) -> Mapping[str, Any]:
+    return {
+        "name": str(value.name),
+        "dtype": str(value.dtype.name if value.dtype else "?").lower(),
+        "shape": list(dims(value) or ()),
+    }

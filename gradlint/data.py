@@ -1,0 +1,267 @@
+"""The examples the probe runs on: read from files, or drawn to fit the model's inputs.
+
+Files are foreign: every array is checked against the model (name, shape, dtype, finite) before anything runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+
+from gradlint.exceptions import DataError
+from gradlint.graph import FLOATS, dims, op
+
+Arrays = dict[str, np.ndarray]
+_CLIP = 6.0  # standard deviations: the declared range of synthetic floats
+
+
+@dataclass(frozen=True)
+class Data:
+    """Arrays by input name, targets by output name ("" where the file has one `target`), and where they came from."""
+
+    inputs: Arrays
+    targets: Arrays = field(default_factory=dict)
+    origin: str = "synthetic"
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_data(path: str | Path, inputs: Mapping[str, ir.Value], outputs: tuple[str, ...]) -> Data:
+    """Read .npz, .npy, a folder of .npy, or an ONNX test_data_set folder of .pb.
+
+    inputs: the model's inputs by name; outputs: names of its outputs. Raises DataError.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    arrays = _folder(path, inputs, outputs) if path.is_dir() else _file(path, inputs)
+    given: Arrays = {}
+    targets: Arrays = {}
+    for name, array in arrays.items():
+        if name in inputs:
+            given[name] = array
+        elif name == "target" or name.startswith("target."):
+            targets[name.removeprefix("target").removeprefix(".")] = array
+        else:
+            near = difflib.get_close_matches(name, [*inputs, "target"], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"{path}: the model has no input {name!r} (inputs: {', '.join(inputs)}){hint}")
+    for name in targets:
+        if name and name not in outputs:
+            raise DataError(
+                f"{path}: 'target.{name}': the model has no output {name!r} (outputs: {', '.join(outputs)})"
+            )
+    return Data(given, targets, str(path))
+
+
+def _file(path: Path, inputs: Mapping[str, ir.Value]) -> Arrays:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a readable .npz or .npy file ({str(error).splitlines()[0]})") from None
+    if isinstance(loaded, np.ndarray):
+        if len(inputs) != 1:
+            raise DataError(
+                f"{path}: a .npy file fits a model of one input; this one has {', '.join(inputs)}: use .npz"
+            )
+        return {next(iter(inputs)): loaded}
+    try:
+        return {name: loaded[name] for name in loaded.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise DataError(f"{path}: the archive is damaged ({str(error).splitlines()[0]})") from None
+
+
+def _folder(path: Path, inputs: Mapping[str, ir.Value], outputs: tuple[str, ...]) -> Arrays:
+    """A folder of NAME.npy, or an ONNX test data set: input_K.pb in the order of the model's inputs."""
+    tensors = sorted(path.glob("*.pb"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)] or [0])
+    if not tensors:
+        found = sorted(path.glob("*.npy"))
+        if not found:
+            raise DataError(f"{path}: no .npy and no .pb files in this folder")
+        return {p.stem: next(iter(_file(p, {"_": ir.Value()}).values())) for p in found}
+    arrays: Arrays = {}
+    names = list(inputs)
+    for k, file in enumerate(p for p in tensors if p.name.startswith("input_")):
+        tensor = onnx.TensorProto()
+        try:
+            tensor.ParseFromString(file.read_bytes())
+            array = numpy_helper.to_array(tensor)
+        except (DecodeError, ValueError, TypeError) as error:
+            raise DataError(f"{file}: not a readable tensor ({str(error).splitlines()[0]})") from None
+        name = tensor.name if tensor.name in inputs else names[k] if k < len(names) else tensor.name
+        arrays[name] = array
+    return arrays
+
+
+def check_inputs(data: Data, inputs: Mapping[str, ir.Value]) -> Data:
+    """Every array of the right dtype and rank, finite, ids in range; returns it with safe casts done."""
+    checked = {}
+    for name, array in data.inputs.items():
+        value = inputs[name]
+        if value.dtype is not None and value.dtype not in FLOATS:
+            expected = value.dtype.numpy()
+            if array.dtype.kind not in "iub" or (expected == np.bool_) != (array.dtype == np.bool_):
+                raise DataError(
+                    f"{data.origin}: input {name!r} must be {np.dtype(expected).name}, got {array.dtype.name}"
+                )
+            checked[name] = array.astype(expected)
+        else:
+            if array.dtype.kind not in "fiu":
+                raise DataError(f"{data.origin}: input {name!r} must be a float array, got {array.dtype.name}")
+            if not np.isfinite(array).all():
+                bad = int(array.size - np.isfinite(array).sum())
+                raise DataError(f"{data.origin}: input {name!r} holds {bad} non-finite values")
+            checked[name] = array.astype(np.float32)
+        if value.shape is not None and array.ndim != len(value.shape):
+            shape = "(" + ", ".join(str(d if isinstance(d, int) else d.value or "?") for d in value.shape) + ")"
+            raise DataError(f"{data.origin}: input {name!r} must have shape {shape}, got {array.shape}")
+    return Data(checked, data.targets, data.origin)
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+_STATE = re.compile(
+    r"(^|[._])(h|c|h0|c0|hidden|state|cell|past|cache|mem|memory)([._0-9n]|$)|past_key|past_value", re.I
+)
+_RATE = re.compile(r"^(sr|sample_?rate|sampling_?rate|rate)$", re.I)
+
+
+def synthetic(graph: ir.Graph, seed: int, given: Mapping[str, np.ndarray]) -> Arrays:
+    """Arrays for the inputs not `given`, by the kind of each input; dimensions of `graph` must be bound.
+
+    Floats: standard normal clipped to 6 (images: 1/f-correlated, since white noise averages out in a deep CNN); integers
+    that index a table: uniform over its rows; masks: ones; states and caches: zeros; lengths: the longest.
+    Raises DataError for an input whose size is not known.
+    """
+    arrays: Arrays = {}
+    for k, value in enumerate(graph.inputs):
+        name = str(value.name)
+        if name in given:
+            continue
+        shape = dims(value)
+        if shape is None or value.dtype is None:
+            raise DataError(f"input {name!r} has no known size or type: give --input-shape {name}:... or --data")
+        rng = np.random.default_rng([seed, k])
+        arrays[name] = _draw(value, name, shape, rng)
+    return arrays
+
+
+def _draw(value: ir.Value, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    assert value.dtype is not None
+    kind = value.dtype.numpy()
+    if value.dtype in FLOATS:
+        if _STATE.search(name) or _feeds_state(value):
+            return np.zeros(shape, np.float32)
+        if "mask" in name.lower():
+            return np.ones(shape, np.float32)
+        if len(shape) == 4 and min(shape[2:]) >= 8 and shape[1] <= 16:
+            return _image(shape, rng)
+        return np.clip(rng.standard_normal(shape), -_CLIP, _CLIP).astype(np.float32)
+    if kind == np.bool_ or "mask" in name.lower():
+        return np.ones(shape, kind)
+    if _RATE.search(name):
+        return np.full(shape, 16000, kind)
+    rows = _table_rows(value)
+    if rows is not None:
+        low = min(2, rows - 1)  # 0 and 1 are often padding
+        return rng.integers(low, rows, shape).astype(kind)
+    if "position" in name.lower() and len(shape) >= 1:
+        return np.broadcast_to(np.arange(shape[-1]), shape).astype(kind)
+    if "len" in name.lower() and len(shape) <= 1:
+        return np.full(shape, _longest(value), kind)
+    return np.zeros(shape, kind) if "type" in name.lower() else np.ones(shape, kind)
+
+
+def _image(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Noise with the 1/f amplitude spectrum of natural images (Field 1987), mean 0 and variance 1 per image."""
+    height, width = shape[2:]
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(height), np.fft.rfftfreq(width), indexing="ij"))
+    frequency[0, 0] = 1.0 / max(height, width)
+    spectrum = np.fft.rfft2(rng.standard_normal(shape)) / frequency
+    image = np.fft.irfft2(spectrum, s=(height, width))
+    scale = image.std(axis=(0, 2, 3), keepdims=True)
+    mean = image.mean(axis=(0, 2, 3), keepdims=True)
+    return np.clip((image - mean) / np.where(scale > 0, scale, 1.0), -_CLIP, _CLIP).astype(np.float32)
+
+
+def _feeds_state(value: ir.Value) -> bool:
+    return any(op(u.node) in ("LSTM", "GRU", "RNN") and u.idx >= 5 for u in value.uses())
+
+
+def _table_rows(value: ir.Value) -> int | None:
+    """Rows of the smallest table that a value (or what is reshaped or retyped from it) indexes."""
+    rows: list[int] = []
+    pending, seen = [value], {value}
+    while pending:
+        for use in pending.pop().uses():
+            node = use.node
+            if op(node) in ("Gather", "GatherElements") and use.idx == 1:
+                shape = dims(node.inputs[0])
+                axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+                if shape is not None:
+                    rows.append(shape[axis])
+            elif op(node) == "OneHot" and use.idx == 0:
+                depth = node.inputs[1].const_value if node.inputs[1] is not None else None
+                rows.append(int(depth.numpy().item()) if depth is not None else 2)
+            elif op(node) in ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Slice", "Flatten"):
+                fresh = [o for o in node.outputs if o not in seen]
+                seen.update(fresh)
+                pending.extend(fresh)
+    return min(rows) if rows else None
+
+
+def _longest(value: ir.Value) -> int:
+    """The longest axis but the first over the graph's other inputs: what a length counts."""
+    graph = value.graph
+    sizes = [d for v in (graph.inputs if graph is not None else ()) if v is not value for d in (dims(v) or ())[1:]]
+    return max(sizes, default=1)
+
+
+# -- targets -----------------------------------------------------------------------------------------------------------
+
+
+def linear_targets(shapes: Mapping[str, tuple[int, ...]], data: Data, seed: int) -> Arrays:
+    """The linear loss's targets by output: the data's own, else standard normal."""
+    found: Arrays = {}
+    for k, (name, shape) in enumerate(shapes.items()):
+        own = data.targets.get(name, data.targets.get("") if k == 0 or len(shapes) == 1 else None)
+        if own is not None and own.dtype.kind == "f":
+            if own.shape != shape:
+                raise DataError(f"{data.origin}: target of output {name!r} must have shape {shape}, got {own.shape}")
+            found[name] = own.astype(np.float32)
+        else:
+            rng = np.random.default_rng([seed, 1000 + k])
+            found[name] = rng.standard_normal(shape).astype(np.float32)
+    return found
+
+
+def labels(target: np.ndarray, logits: tuple[int, ...], origin: str, *, loss: str) -> np.ndarray:
+    """The target of a loss other than linear, checked against the logits' shape (class axis last)."""
+    if loss != "cross-entropy":
+        if target.size != math.prod(logits):
+            raise DataError(f"{origin}: the target of {loss} must have shape {logits}, got {target.shape}")
+        if not np.isfinite(target).all():
+            raise DataError(f"{origin}: the target holds non-finite values")
+        return target.reshape(logits).astype(np.float32)
+    if target.dtype.kind not in "iu":
+        raise DataError(f"{origin}: cross-entropy needs integer class labels, got {target.dtype.name}")
+    if target.size != math.prod(logits[:-1]):
+        raise DataError(
+            f"{origin}: cross-entropy needs labels of shape {logits[:-1]} for logits {logits}, got {target.shape}"
+        )
+    classes = logits[-1]
+    if target.size and (target.min() < 0 or target.max() >= classes):
+        raise DataError(f"{origin}: labels must lie in [0, {classes}), got {target.min()} to {target.max()}")
+    return target.reshape(logits[:-1]).astype(np.int64)

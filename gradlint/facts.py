@@ -1,0 +1,490 @@
+"""From analyses to facts: one row per layer and weight for the report, one subject per place for the rules.
+
+Best evidence first: where the probe measured a quantity it stands before the estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.estimate import Estimate, Proof
+from gradlint.fact_table import Fact, Scope, Subject
+from gradlint.graph import (
+    ACTIVATIONS,
+    WeightUse,
+    dims,
+    folded_batchnorms,
+    is_float,
+    is_gate,
+    is_head,
+    module,
+    op,
+    source,
+    weight_uses,
+)
+from gradlint.ops.activation import FUNCTIONS, saturated_share
+from gradlint.options import Options
+from gradlint.probe import Probe, Request, Skipped, activation_figures
+from gradlint.results import Blame, Evidence, LayerRow, WeightRow
+from gradlint.trunk import blame, crossing, depths
+
+EXPORT_LINE = "torch.onnx.export(model.train(), args, 'model.onnx', dynamo=True, optimize=False)"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What the graph is made of: weight uses, layers in graph order, activations among them."""
+
+    graph: ir.Graph
+    uses: tuple[WeightUse, ...]
+    layers: tuple[ir.Node, ...]
+    activations: tuple[ir.Node, ...]
+    weighted: frozenset[ir.Node]
+
+
+def anatomy(graph: ir.Graph) -> Anatomy:
+    """Layers are the main graph's nodes with weights, and its activations on values that vary."""
+    uses = tuple(u for u in weight_uses(graph))
+    weighted = frozenset(u.layer for u in uses)
+    activations = tuple(n for n in graph if op(n) in ACTIVATIONS and is_float(n.inputs[0]) and n not in weighted)
+    layers = tuple(n for n in graph if n in weighted or n in activations)
+    return Anatomy(graph, uses, layers, activations, weighted)
+
+
+def request(parts: Anatomy, estimate: Estimate) -> Request:
+    """What the probe measures: outputs of layers, of sums, and of whatever several nodes read."""
+    graph = parts.graph
+    values = [
+        str(o.name)
+        for n in graph
+        for o in n.outputs
+        if is_float(o) and (n in parts.layers or op(n) in ("Add", "Concat", "Mul", "Sum") or len(list(o.uses())) > 1)
+    ]
+    weights = list(dict.fromkeys(str(u.value.name) for u in parts.uses))
+    units = {str(n.name): _unit_axis(n.outputs[0], estimate) for n in parts.activations}
+    return Request(values, weights, [str(n.name) for n in parts.activations if op(n) in FUNCTIONS], units)
+
+
+def _unit_axis(value: ir.Value, estimate: Estimate) -> int:
+    """The axis of channels or features: the one the moments resolve, else 1 of four axes and the last of fewer."""
+    rank = len(value.shape or ())
+    found = estimate.moments.get(value)
+    if found is not None:
+        resolved = [a for a, n in enumerate(found.mean.shape) if n > 1]
+        if len(resolved) == 1:
+            return resolved[0]
+    return 1 if rank >= 4 else max(0, rank - 1)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the judge and the report need."""
+
+    layers: tuple[LayerRow, ...]
+    weights: tuple[WeightRow, ...]
+    subjects: tuple[Subject, ...]
+    model: Mapping[str, Fact]
+    measured_nodes: int = 0
+
+
+@dataclass
+class _Known:
+    """A subject's facts while they are collected: best evidence under the plain name, each kind under its own."""
+
+    facts: dict[str, Fact] = field(default_factory=dict)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+
+    def add(self, kind: Evidence, figures: Mapping[str, Any]) -> None:
+        """Later kinds win: call with proved, estimated, measured in this order."""
+        for name, figure in figures.items():
+            if figure is None:
+                continue
+            self.facts[f"{kind}_{name}"] = figure
+            self.facts[name] = figure
+            self.evidence[name] = kind
+
+
+def gather(
+    parts: Anatomy,
+    estimate: Estimate,
+    proof: Proof,
+    probed: Probe | Skipped | None,
+    options: Options,
+    model: Mapping[str, Fact],
+) -> Facts:
+    """Collect facts of layers, activations, weights and the model as a whole."""
+    measured = probed if isinstance(probed, Probe) else None
+    flow = _Flow.of(parts, estimate, measured)
+    rows, subjects = [], []
+    weights_of: dict[ir.Node, list[WeightUse]] = {}
+    for use in parts.uses:
+        weights_of.setdefault(use.layer, []).append(use)
+    order = {n: k for k, n in enumerate(parts.graph)}
+    depth = depths(parts.graph)
+    folded = set(folded_batchnorms(parts.graph))
+    previous = _layer_inputs(parts)
+    for index, node in enumerate(parts.layers):
+        figures = _layer_figures(node, parts, estimate, proof, measured, flow)
+        rows.append(_layer_row(node, figures, weights_of.get(node, []), previous.get(node, ()), flow))
+        known = _Known()
+        for kind in ("proved", "estimated", "measured"):
+            known.add(kind, figures[kind])  # type: ignore[arg-type]
+        known.facts |= _place(node, parts, depth(node), index, node in folded)
+        scope: Scope = "activation" if node in parts.activations else "layer"
+        subjects.append(
+            Subject(
+                scope, str(node.name), None, order[node], known.facts, known.evidence, flow.blame_of(node), source(node)
+            )
+        )
+    weights, weight_subjects = _weights(parts, estimate, measured, options, order)
+    flow_facts = flow.model_facts()
+    known = _Known(dict(model))
+    known.add("estimated", flow_facts["estimated"])
+    known.add("measured", flow_facts["measured"])
+    subjects.insert(0, Subject("model", None, None, 0, known.facts, known.evidence))
+    return Facts(tuple(rows), tuple(weights), (*subjects, *weight_subjects), known.facts)
+
+
+# -- flow ----------------------------------------------------------------------------------------------------------------
+
+_Curve = Mapping[ir.Node, float]
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """Trunk gradient (decades against its largest, and against the cut nearest the outputs) and signal at every cut."""
+
+    decades: Mapping[Evidence, _Curve]
+    growth: Mapping[Evidence, _Curve]
+    signal: Mapping[Evidence, _Curve]
+    blames: Mapping[ir.Value, tuple[Blame, ...]]
+    layers: tuple[ir.Node, ...]
+
+    @staticmethod
+    def of(parts: Anatomy, estimate: Estimate, measured: Probe | None) -> _Flow:
+        graph = parts.graph
+        values = {str(o.name): o for n in graph for o in n.outputs}
+        names = {o for n in graph for o in n.outputs if o in estimate.varies}
+        norms: dict[Evidence, dict[ir.Value, float]] = {
+            "estimated": {v: g for v in names if (g := estimate.grad_norm(v)) is not None}
+        }
+        signals: dict[Evidence, dict[ir.Value, float]] = {
+            "estimated": {v: s for v in names if (s := estimated_signal(estimate, v)) is not None}
+        }
+        if measured is not None:
+            rows = {
+                values[n]: row for n, row in measured.values.items() if n in values and values[n] in estimate.varies
+            }
+            norms["measured"] = {v: row["grad_norm"] for v, row in rows.items() if "grad_norm" in row}
+            signals["measured"] = {v: row["signal"] for v, row in rows.items() if "signal" in row}
+        decades: dict[Evidence, _Curve] = {}
+        growth: dict[Evidence, _Curve] = {}
+        for kind, figures in norms.items():
+            curve = crossing(graph, figures)
+            shown = {n: curve[n] for n in parts.layers if n in curve}
+            top = max(shown.values(), default=0.0)
+            last = next((shown[n] for n in reversed(parts.layers) if shown.get(n)), 0.0)
+            decades[kind] = {n: _decades(g, top) for n, g in shown.items()}
+            growth[kind] = {n: _decades(g, last) for n, g in shown.items()}
+        best: Evidence = "measured" if norms.get("measured") else "estimated"
+        targets = [n.outputs[0] for n in parts.layers]
+        cotangent = (
+            measured.cotangent if best == "measured" and measured is not None else cotangent_norm(graph, estimate)
+        )
+        blames = blame(graph, norms[best], estimate.edges, cotangent, targets)
+        signal = {kind: crossing(graph, figures) for kind, figures in signals.items()}
+        return _Flow(decades, growth, signal, blames, parts.layers)
+
+    def blame_of(self, node: ir.Node) -> tuple[Blame, ...]:
+        return self.blames.get(node.outputs[0], ())
+
+    def at(self, node: ir.Node, kind: Evidence) -> dict[str, float]:
+        curves = {"trunk_decades": self.decades, "trunk_growth": self.growth, "trunk_signal": self.signal}
+        return {name: curve[kind][node] for name, curve in curves.items() if node in curve.get(kind, {})}
+
+    def model_facts(self) -> dict[Evidence, dict[str, float]]:
+        found: dict[Evidence, dict[str, float]] = {"estimated": {}, "measured": {}}
+        for kind in self.decades:
+            if self.decades[kind]:
+                found[kind]["trunk_min_decades"] = min(self.decades[kind].values())
+                found[kind]["trunk_max_decades"] = max(self.growth[kind].values())
+        return found
+
+
+def _decades(figure: float, reference: float) -> float:
+    if not math.isfinite(figure):
+        return math.inf
+    if figure <= 0 or reference <= 0:
+        return -math.inf if reference > 0 else 0.0
+    return math.log10(figure / reference) if math.isfinite(reference) else -math.inf
+
+
+def cotangent_norm(graph: ir.Graph, estimate: Estimate) -> float:
+    """Norm of standard normal targets over all float outputs, per example."""
+    return math.sqrt(sum(estimate.elements(o) for o in dict.fromkeys(graph.outputs) if is_float(o)) or 1.0)
+
+
+def estimated_signal(estimate: Estimate, value: ir.Value) -> float | None:
+    """Standard deviation over examples / RMS."""
+    x = estimate.moments.get(value)
+    if x is None:
+        return None
+    second = float(np.mean(x.second))
+    return math.sqrt(max(0.0, float(np.mean(x.shared + x.local))) / second) if second > 0 else 0.0
+
+
+# -- layers --------------------------------------------------------------------------------------------------------------
+
+
+def _layer_figures(
+    node: ir.Node, parts: Anatomy, estimate: Estimate, proof: Proof, measured: Probe | None, flow: _Flow
+) -> dict[Evidence, dict[str, Any]]:
+    out = node.outputs[0]
+    name = str(out.name)
+    cotangent = cotangent_norm(parts.graph, estimate)
+    estimated: dict[str, Any] = {}
+    if (x := estimate.moments.get(out)) is not None:
+        mean = float(np.mean(x.mean))
+        estimated["output_mean"] = mean
+        estimated["output_std"] = math.sqrt(max(0.0, float(np.mean(x.second)) - mean**2))
+        if out in estimate.varies:
+            estimated["signal"] = estimated_signal(estimate, out)
+    if (norm := estimate.grad_norm(out)) is not None:
+        estimated |= {"grad_rms": estimate.grad_rms(out), "grad_norm": norm, "decades": _decades(norm, cotangent)}
+    if node in parts.activations:
+        estimated |= _estimated_slopes(node, estimate)
+    gains = [
+        n for v in node.inputs if v is not None and v in estimate.varies and (n := estimate.grad_norm(v)) is not None
+    ]
+    if gains and estimated.get("grad_norm"):
+        estimated["gain"] = _decades(math.sqrt(sum(g * g for g in gains)), estimated["grad_norm"])
+    estimated |= flow.at(node, "estimated")
+    found: dict[Evidence, dict[str, Any]] = {
+        "proved": _proved(node, proof, cotangent),
+        "estimated": estimated,
+        "measured": {},
+    }
+    if measured is not None:
+        row = dict(measured.values.get(name, {}))
+        if "grad_norm" in row:
+            row["decades"] = _decades(row["grad_norm"], measured.cotangent)
+            into = [
+                measured.values[str(v.name)].get("grad_norm")
+                for v in node.inputs
+                if v is not None and str(v.name) in measured.values
+            ]
+            known = [g for g in into if g is not None]
+            if known and row["grad_norm"] > 0:
+                row["gain"] = _decades(math.sqrt(sum(g * g for g in known)), row["grad_norm"])
+        if node in parts.activations:
+            row |= activation_figures(measured, str(node.name))
+        row |= flow.at(node, "measured")
+        found["measured"] = row
+        if "grad_norm" in row and not math.isfinite(row["grad_norm"]):
+            found["measured"]["grad_non_finite"] = True
+    return found
+
+
+def _estimated_slopes(node: ir.Node, estimate: Estimate) -> dict[str, Any]:
+    z = estimate.moments.get(node.inputs[0]) if node.inputs[0] is not None else None
+    if z is None or op(node) not in FUNCTIONS:
+        return {}
+    shares = saturated_share(node, z)
+    if shares is None:
+        return {}
+    spread = math.sqrt(max(0.0, float(np.mean(z.second)) - float(np.mean(z.mean)) ** 2))
+    return {
+        "slope": math.sqrt(float(np.mean(shares.square))),
+        "saturated": float(np.mean(shares.saturated)),
+        "flat": float(np.mean(shares.flat)),
+        "dead": float(np.mean(shares.flat > 0.99)),
+        "input_std": spread,
+        "input_high": float(np.mean(z.mean)) + 4 * spread,
+    }
+
+
+def _proved(node: ir.Node, proof: Proof, cotangent: float) -> dict[str, Any]:
+    out = node.outputs[0]
+    found: dict[str, Any] = {}
+    if (box := proof.ranges.get(out)) is not None:
+        found["output_range"] = [float(box.lo.min()), float(box.hi.max())]
+        found |= {"output_low": float(box.lo.min()), "output_high": float(box.hi.max())}
+    if (limit := proof.bounds.get(out)) is not None:
+        found |= {"grad_norm": limit * cotangent, "decades": math.log10(max(limit, 1e-300))}
+    z = proof.ranges.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
+    if z is not None and op(node) in ("Relu", "ThresholdedRelu"):
+        found["dead"] = float(np.mean(z.hi <= 0))
+    if z is not None and op(node) in ACTIVATIONS:
+        found |= {"input_low": float(z.lo.min()), "input_high": float(z.hi.max())}
+    return found
+
+
+_REPORTED: Mapping[Evidence, tuple[str, ...]] = {
+    "proved": ("output_range", "grad_norm"),
+    "estimated": (
+        "output_mean",
+        "output_std",
+        "signal",
+        "slope",
+        "saturated",
+        "dead",
+        "grad_rms",
+        "grad_norm",
+        "decades",
+        "gain",
+    ),
+    "measured": (
+        "output_mean",
+        "output_std",
+        "signal",
+        "slope",
+        "saturated",
+        "dead",
+        "grad_rms",
+        "grad_norm",
+        "decades",
+        "gain",
+    ),
+}
+
+
+def _layer_row(
+    node: ir.Node,
+    figures: Mapping[Evidence, Mapping[str, Any]],
+    uses: Sequence[WeightUse],
+    inputs: tuple[str, ...],
+    flow: _Flow,
+) -> LayerRow:
+    kept = {kind: {k: figures[kind][k] for k in names if k in figures[kind]} for kind, names in _REPORTED.items()}
+    return LayerRow(
+        name=str(node.name),
+        op_type=node.op_type,
+        module=module(node),
+        source=source(node),
+        shape=tuple(dims(node.outputs[0]) or ()),
+        inputs=inputs,
+        weights=tuple(dict.fromkeys(u.initializer for u in uses)),
+        proved=kept["proved"],
+        estimated=kept["estimated"],
+        measured=kept["measured"],
+        blame=flow.blame_of(node),
+    )
+
+
+def _layer_inputs(parts: Anatomy) -> dict[ir.Node, tuple[str, ...]]:
+    """The layers whose outputs reach a layer without another layer between, in graph order."""
+    layers = set(parts.layers)
+    sources: dict[ir.Value, tuple[str, ...]] = {}
+    found: dict[ir.Node, tuple[str, ...]] = {}
+    for node in parts.graph:
+        names = tuple(dict.fromkeys(s for v in node.inputs if v is not None for s in sources.get(v, ())))
+        if node in layers:
+            found[node] = names
+            names = (str(node.name),)
+        for output in node.outputs:
+            sources[output] = names[:16]
+    return found
+
+
+def _place(node: ir.Node, parts: Anatomy, depth: float, index: int, folded: bool) -> dict[str, Fact]:
+    shape = dims(node.outputs[0]) or ()
+    return {
+        "op_type": op(node),
+        "module": module(node),
+        "depth": depth,
+        "layer_index": index,
+        "is_gate": is_gate(node),
+        "is_head": is_head(node, parts.weighted)
+        if node in parts.activations
+        else not _layers_behind(node, parts.weighted),
+        "is_structural_zero": False,
+        "folded_norm": folded,
+        "width": shape[1] if len(shape) >= 4 else (shape[-1] if shape else None),
+        "activation": op(node) if node in parts.activations else None,
+    }
+
+
+def _layers_behind(node: ir.Node, weighted: frozenset[ir.Node]) -> bool:
+    pending, seen = [node], {node}
+    while pending:
+        for successor in pending.pop().successors():
+            if successor in weighted:
+                return True
+            if successor not in seen:
+                seen.add(successor)
+                pending.append(successor)
+    return False
+
+
+# -- weights -------------------------------------------------------------------------------------------------------------
+
+
+def _weights(
+    parts: Anatomy, estimate: Estimate, measured: Probe | None, options: Options, order: Mapping[ir.Node, int]
+) -> tuple[list[WeightRow], list[Subject]]:
+    rows, subjects = [], []
+    for use in parts.uses:
+        value = use.value
+        rms = weight_rms(value)
+        estimated = {} if (g := estimate.grad_rms(value)) is None else {"grad_rms": g}
+        got = dict(measured.weights.get(str(value.name), {})) if measured is not None else {}
+        shape = tuple(dims(value) or ())
+        rows.append(WeightRow(use.initializer, str(use.layer.name), shape, rms, True, use.parameter, estimated, got))
+        known = _Known({"op_type": op(use.layer), "weight_rms": rms, "is_trainable": True, "role": role(use)})
+        known.facts |= {"parameter": str(use.parameter) if use.parameter else None, "elements": math.prod(shape)}
+        known.add("estimated", estimated)
+        known.add(
+            "measured", {k: v for k, v in got.items() if k != "zero_share"} | {"grad_zero_share": got.get("zero_share")}
+        )
+        subjects.append(
+            Subject(
+                "weight",
+                str(use.layer.name),
+                use.initializer,
+                order.get(use.layer, 0),
+                known.facts,
+                known.evidence,
+                (),
+                source(use.layer),
+            )
+        )
+    return rows, subjects
+
+
+def weight_rms(value: ir.Value) -> float:
+    """Root mean square of a weight, read in blocks."""
+    assert value.const_value is not None
+    flat = value.const_value.numpy().reshape(-1)
+    total = 0.0
+    for k in range(0, flat.size, 1 << 22):
+        block = flat[k : k + (1 << 22)].astype(np.float32, copy=False)
+        total += float(np.dot(block, block))
+    return math.sqrt(total / max(1, flat.size))
+
+
+def role(use: WeightUse) -> str:
+    """What a weight is to its layer."""
+    kind, index = op(use.layer), use.index
+    if kind in (
+        "BatchNormalization",
+        "LayerNormalization",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "RMSNormalization",
+    ):
+        return "gamma" if index == 1 else "beta"
+    if kind == "Gather":
+        return "embedding"
+    if kind in ("LSTM", "GRU", "RNN"):
+        return {1: "kernel", 2: "recurrent", 3: "bias"}.get(index, "bias")
+    if kind in ("Add", "Sub") or (kind in ("Conv", "Gemm", "ConvTranspose") and index == 2):
+        return "bias" if len(dims(use.value) or ()) <= 1 else "position"
+    if kind == "Mul":
+        return "residual-scale"
+    return "kernel"

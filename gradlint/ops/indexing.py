@@ -1,0 +1,234 @@
+"""Operators that select by index and their inverses: Gather and Scatter families, OneHot, Compress.
+
+Indices that depend on the model's input are taken as uniform over the rows they select from; constant ones as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.backward import Backward
+from gradlint.domain import Array, Gradient, Moments, Range
+from gradlint.graph import attribute, constant_array, dims
+from gradlint.ops.shape import LARGEST, averaged, lifted, parts, resolution
+from gradlint.ops.slicing import along, placed, size_of
+from gradlint.transfer import Context, blocks, row
+
+Values = Sequence[ir.Value | None]
+INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
+
+# -- Gather ------------------------------------------------------------------------------------------------------------
+
+
+def _inserted(a: Array, axis: int, count: int) -> Array:
+    """Axis `axis`, of size 1, replaced by `count` axes of size 1."""
+    return a.reshape((*a.shape[:axis], *(1,) * count, *a.shape[axis + 1 :]))
+
+
+def row_moments(table: np.ndarray, axis: int) -> tuple[Array, Array]:
+    """Mean and variance over the rows (along `axis`) per remaining element, for uniform indices."""
+    mean = table.mean(axis=axis, keepdims=True, dtype=np.float64)
+    second = np.zeros_like(mean)
+    step = max(1, (1 << 22) // max(1, table.size // max(1, table.shape[axis])))
+    for k in range(0, table.shape[axis], step):
+        block = np.take(table, range(k, min(k + step, table.shape[axis])), axis)
+        second += np.square(block, dtype=np.float64).sum(axis=axis, keepdims=True)
+    return mean, np.maximum(second / table.shape[axis] - mean**2, 0)
+
+
+def gather_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    """Rows of a table by varying ids: their own mean and variance. Of an activation: the elements selected."""
+    data, index = node.inputs[:2]
+    shape, picked = dims(data), dims(index)
+    if shape is None or picked is None or data is None or index is None:
+        return (None,)
+    axis = attribute(node, "axis", 0) % len(shape)
+    if not ctx.varies(data):
+        table = ctx.array(data)
+        if table is None:
+            return (None,)
+        mean, var = (_inserted(a, axis, len(picked)) for a in row_moments(table, axis))
+        return (Moments(mean, np.zeros_like(mean), np.zeros_like(mean), var),)
+    if xs[0] is None:
+        return (None,)
+    x, ids = xs[0].map(lambda a: lifted(a, len(shape))), ctx.array(index)
+    sizes = resolution(*parts(x))
+    if ids is None or (sizes[axis] > 1 and math.prod(sizes) // sizes[axis] * ids.size > LARGEST):
+        x = averaged(x, (axis,))
+    return (x.map(lambda a: _taken(a, ids, axis, len(picked))),)
+
+
+def _taken(a: Array, ids: np.ndarray | None, axis: int, rank: int) -> Array:
+    if a.shape[axis] == 1 or ids is None:
+        return _inserted(a, axis, rank)
+    return np.take(a, ids, axis)
+
+
+def gather_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
+    """The range of the rows selected; of any row where the ids vary."""
+    data, index = node.inputs[:2]
+    shape, picked = dims(data), dims(index)
+    if shape is None or picked is None or data is None:
+        return (None,)
+    axis, ids = attribute(node, "axis", 0) % len(shape), ctx.array(index)
+    box = xs[0]
+    if box is None and (table := None if ctx.varies(data) else ctx.array(data)) is not None:
+        box = Range(*(np.asarray(f(table, axis=axis, keepdims=True), np.float64) for f in (np.min, np.max)))
+    if box is None:
+        return (None,)
+    lo, hi = (lifted(a, len(shape)) for a in (box.lo, box.hi))
+    if ids is None:
+        lo, hi = lo.min(axis=axis, keepdims=True), hi.max(axis=axis, keepdims=True)
+    return (Range(*(_taken(a, ids, axis, len(picked)) for a in (lo, hi))),)
+
+
+def gather_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    """Each row sums the gradients of the places that selected it: with uniform ids, places / rows of them."""
+    data, index = node.inputs[:2]
+    shape, picked = dims(data), dims(index)
+    if gs[0] is None or shape is None or picked is None or data is None or 0 in shape:
+        return (None, None)
+    axis, rank = attribute(node, "axis", 0) % len(shape), len(picked)
+    g = gs[0].map(lambda a: lifted(a, len(shape) - 1 + rank))
+    ids = ctx.array(index)
+    if ids is not None:
+        return (_by_index(ctx, node, xs[0], g, ids % shape[axis], axis), None)
+    spots = tuple(range(axis, axis + rank))
+    each = math.prod(picked) / shape[axis] / (1 if ctx.varies(data) else _examples(ctx, picked))
+    flat = Gradient(0 * g.local, g.total).map(lambda a: a.mean(axis=spots).reshape(_without(a.shape, axis, rank)))
+    return (flat.scaled(each), None)
+
+
+def _examples(ctx: Context, picked: tuple[int, ...]) -> int:
+    """The examples that ids of this shape belong to."""
+    return ctx.batch if picked[:1] == (ctx.batch,) else 1
+
+
+def _without(shape: tuple[int, ...], axis: int, count: int) -> tuple[int, ...]:
+    return (*shape[:axis], 1, *shape[axis + count :])
+
+
+def _by_index(
+    ctx: Context, node: ir.Node, x: Moments | None, g: Gradient, ids: np.ndarray, axis: int
+) -> Gradient | None:
+    """Through constant ids. Repeated ones add up incoherently; ids that form a slice are treated as one."""
+    shape = dims(node.inputs[0])
+    assert shape is not None
+    n, rank = shape[axis], ids.ndim
+    flat = ids.reshape(-1)
+    x = None if x is None or not ctx.varies(node.inputs[0]) else x.map(lambda a: lifted(a, len(shape)))
+    counts = np.bincount(flat, minlength=n)
+    spots = tuple(range(axis, axis + rank))
+    if (
+        x is not None
+        and resolution(*parts(x))[axis] == 1
+        and all(a.shape[k] == 1 for a in (g.shared, g.local) for k in spots)
+    ):
+        g = g.map(lambda a: a.reshape(_without(a.shape, axis, rank)))
+        if counts.max() <= 1:
+            return placed(g, x, axis, slice(0, len(flat)), n)
+        shared = g.shared * float(counts.mean()) ** 2
+        return Gradient(shared, g.shared * float((counts**2).mean()) - shared + g.local * float(counts.mean()))
+
+    def scattered(a: Array) -> Array:
+        full = np.broadcast_to(a, (*a.shape[:axis], *ids.shape, *a.shape[axis + rank :]))
+        full = full.reshape((*a.shape[:axis], flat.size, *a.shape[axis + rank :]))
+        out = np.zeros((*full.shape[:axis], n, *full.shape[axis + 1 :]))
+        np.add.at(np.moveaxis(out, axis, 0), flat, np.moveaxis(full, axis, 0))
+        return out
+
+    back = g.map(scattered)
+    return back if ctx.varies(node.inputs[0]) else back.scaled(1 / _examples(ctx, ids.shape))
+
+
+def gather_bound(
+    ctx: Context, node: ir.Node, xs: Sequence[Range | None], ys: Sequence[Range | None]
+) -> Sequence[float | None]:
+    """sqrt of how often one element is selected at most."""
+    shape, picked = dims(node.inputs[0]), dims(node.inputs[1])
+    if shape is None or picked is None:
+        return (None, None)
+    ids = ctx.array(node.inputs[1])
+    axis = attribute(node, "axis", 0) % len(shape)
+    most = math.prod(picked) if ids is None else int(np.bincount(ids.reshape(-1) % shape[axis]).max(initial=0))
+    return (math.sqrt(most), None)
+
+
+def gather_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
+    """Rows scattered back and added; a single constant index is a slice."""
+    x, index = node.inputs[:2]
+    g, axis = gs[0], attribute(node, "axis", 0)
+    assert x is not None
+    assert index is not None
+    assert g is not None
+    axis, size = along(x, axis)
+    ids = constant_array(index)
+    if ids is not None and (run := _run(ids, size)) is not None:
+        return (_placed_back(b, g, x, axis, *run, ids.ndim), None)
+    rank, spots = (len(v.shape) if v.shape is not None else None for v in (x, index))
+    if rank is None or spots is None:
+        return (None, None)
+    if axis != 0:
+        order = [*range(axis, axis + spots), *range(axis), *range(axis + spots, rank + spots - 1)]
+        g = b.op("Transpose", g, perm=order)
+    d = _scatter_rows(b, g, x, index, axis, rank)
+    if axis != 0:
+        d = b.op("Transpose", d, perm=[*range(1, axis + 1), 0, *range(axis + 1, rank)])
+    return (d, None)
+
+
+def _run(ids: np.ndarray, size: int | None) -> tuple[int, int] | None:
+    """(first, count) where constant ids are consecutive rows, counted from the front."""
+    if ids.ndim > 1 or ids.size == 0:
+        return None
+    flat = np.atleast_1d(ids).astype(np.int64)
+    if flat.min() < 0:
+        if size is None:
+            return (int(flat[0]), 1) if flat.size == 1 else None
+        flat = flat % size
+    return (int(flat[0]), flat.size) if (np.diff(flat) == 1).all() else None
+
+
+def _placed_back(b: Backward, g: ir.Value, x: ir.Value, axis: int, first: int, count: int, rank: int) -> ir.Value:
+    if rank == 0:
+        g = b.op("Unsqueeze", g, b.constant([axis]))
+    size = along(x, axis)[1]
+    if size is not None:
+        pads = b.constant([first, size - first - count])
+        return g if count == size else b.op("Pad", g, pads, None, b.constant([axis]))
+    total = size_of(b, x, axis)
+    start = b.constant([first]) if first >= 0 else b.op("Add", total, b.constant([first]))
+    end = b.op("Sub", b.op("Sub", total, start), b.constant([count]))
+    return b.op("Pad", g, b.op("Concat", start, end, axis=0), None, b.constant([axis]))
+
+
+def _scatter_rows(b: Backward, g: ir.Value, x: ir.Value, index: ir.Value, axis: int, rank: int) -> ir.Value:
+    """Zeros shaped like x with `axis` in front, plus the rows g at `index`."""
+    shape = dims(x)
+    if shape is not None:
+        front = b.constant([shape[axis], *shape[:axis], *shape[axis + 1 :]])
+    else:
+        order = b.constant([axis, *range(axis), *range(axis + 1, rank)])
+        front = b.op("Gather", b.shape(x), order)
+    zeros = b.op("Expand", b.scalar(0.0, g), front)
+    return b.op("ScatterND", zeros, b.op("Unsqueeze", index, b.constant([-1])), g, reduction="add")
+
+
+row(
+    "Gather",
+    moments=gather_moments,
+    range=gather_range,
+    pullback=gather_pullback,
+    bound=gather_bound,
+    vjp=gather_vjp,
+)

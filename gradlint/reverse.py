@@ -1,0 +1,183 @@
+"""The backward model: an ONNX graph that computes a model's gradients.
+
+Reverse mode on the canonical graph (Linnainmaa 1976): every node's row in the vjp table emits plain ONNX operators. The
+result runs anywhere ONNX runs; weights are shared with the model, not copied.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+import gradlint.ops  # noqa: F401  (fills the tables)
+from gradlint.backward import Backward
+from gradlint.canonical import canonicalize
+from gradlint.exceptions import UsageError
+from gradlint.graph import is_float, op, trainable
+from gradlint.load import from_proto, read
+from gradlint.transfer import BLOCKED, VJP
+
+CUT_KEY = "gradlint.cut"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a gradient stopped because an operator has no vjp row: everything before it is unknown, not zero."""
+
+    node: str
+    op_type: str
+
+
+def backward(
+    graph: ir.Graph, seeds: Mapping[ir.Value, ir.Value], wrt: Iterable[ir.Value], *, mode: str = "eval"
+) -> tuple[Backward, dict[ir.Value, ir.Value], tuple[Cut, ...]]:
+    """Emit the backward pass of `graph`, appended to it.
+
+    seeds: output value -> its cotangent (in the graph already). Returns the builder, the gradient of each of `wrt` that
+    has a whole one, and the cuts. A value behind a cut, or with no differentiable way to a seed, has no entry.
+    """
+    wanted = list(dict.fromkeys(wrt))
+    order = list(graph)
+    b = Backward(mode, _reachable(order, wanted))
+    grads: dict[ir.Value, list[ir.Value]] = {v: [g] for v, g in seeds.items()}
+    tainted: set[ir.Value] = set()
+    cuts: list[Cut] = []
+    for node in reversed(order):
+        inputs = [v for v in node.inputs if b.wanted(v) and v is not None]
+        if not inputs:
+            continue
+        spoiled = any(o in tainted for o in node.outputs)
+        gs = [_total(b, grads, o) for o in node.outputs]
+        if spoiled and op(node) not in BLOCKED:
+            tainted.update(inputs)
+        if all(g is None for g in gs):
+            continue
+        rule = VJP.get(op(node))
+        if rule is None:
+            tainted.update(v for v in inputs if is_float(v))
+            cuts.append(Cut(str(node.name), op(node)))
+            continue
+        for value, g in zip(node.inputs, rule(b, node, gs), strict=False):
+            if g is not None and value is not None and b.wanted(value):
+                grads.setdefault(value, []).append(g)
+    found = {v: g for v in wanted if v not in tainted and (g := _total(b, grads, v)) is not None}
+    b.emit(graph)
+    return b, found, tuple(reversed(cuts))
+
+
+def _reachable(order: Sequence[ir.Node], wanted: Sequence[ir.Value]) -> set[ir.Value]:
+    """The float values that depend on one of `wanted`."""
+    needs = set(wanted)
+    for node in order:
+        if any(v in needs for v in node.inputs) or _captures(node, needs):
+            needs.update(o for o in node.outputs if is_float(o) or o.dtype is None)
+    return needs
+
+
+def _captures(node: ir.Node, needs: set[ir.Value]) -> bool:
+    """Does a subgraph of this node read one of `needs` from outside?"""
+    graphs = [g for a in node.attributes.values() for g in _graphs(a)]
+    return any(v in needs for g in graphs for n in g.all_nodes() for v in n.inputs) or any(
+        v in needs for g in graphs for v in g.outputs
+    )
+
+
+def _graphs(attr: ir.Attr) -> Sequence[ir.Graph]:
+    if attr.type == ir.AttributeType.GRAPH:
+        return [attr.as_graph()]
+    return list(attr.as_graphs()) if attr.type == ir.AttributeType.GRAPHS else []
+
+
+def _total(b: Backward, grads: dict[ir.Value, list[ir.Value]], value: ir.Value) -> ir.Value | None:
+    """The sum of what the consumers sent back; kept, so that it is built once."""
+    terms = grads.get(value)
+    if not terms:
+        return None
+    while len(terms) > 1:
+        terms[:2] = [b.op("Add", terms[0], terms[1])]
+    return terms[0]
+
+
+def differentiate(
+    model: onnx.ModelProto | str | os.PathLike[str],
+    wrt: Sequence[str] | None = None,
+    base_dir: str | os.PathLike[str] | None = None,
+) -> onnx.ModelProto:
+    """The backward model of `model`: a plain ONNX model that computes its gradients.
+
+    Inputs: the model's own and `<output>.cotangent` for each float output. Outputs: the model's own, then `<name>.grad`
+    for each name in `wrt` (inputs, initializers or intermediate values; default: float inputs and weights). A name whose
+    gradient is cut by an operator without a derivative here gets no output; it is listed in the metadata entry
+    `gradlint.cut` (JSON: names and the operators that cut). External data stays where it is, relative to `base_dir`.
+
+    Raises ModelError for an invalid model, UsageError for a name in `wrt` that is no float value of it.
+    """
+    if isinstance(model, onnx.ModelProto):
+        loaded = from_proto(model, "model", Path(base_dir or "."))
+    else:
+        loaded = read(model).model
+    if wrt is not None:
+        _check_wrt(loaded.graph, wrt)
+    canonicalize(loaded, None, keep=frozenset(wrt or ()))
+    graph = loaded.graph
+    known = _named_values(graph)
+    names = list(dict.fromkeys(wrt)) if wrt is not None else default_wrt(graph)
+    seeds: dict[ir.Value, ir.Value] = {}
+    for output in list(graph.outputs):
+        if is_float(output):
+            seed = ir.Value(name=f"{output.name}.cotangent", shape=output.shape, type=output.type)
+            graph.inputs.append(seed)
+            seeds[output] = seed
+    _, found, cuts = backward(graph, seeds, [known[n] for n in names if n in known])
+    missing = [n for n in names if n not in known or known[n] not in found]
+    taken: set[ir.Value] = set(graph.inputs) | set(graph.outputs)
+    for name in names:
+        if name not in missing:
+            graph.outputs.append(named_output(graph, found[known[name]], f"{name}.grad", taken, known[name]))
+    if missing:
+        listed = {"names": missing, "operators": sorted({c.op_type for c in cuts})}
+        loaded.metadata_props[CUT_KEY] = json.dumps(listed)
+    return ir.to_proto(loaded)
+
+
+def named_output(
+    graph: ir.Graph, value: ir.Value, name: str, taken: set[ir.Value], like: ir.Value | None = None
+) -> ir.Value:
+    """`value` under the name `name`, ready to be a graph output (through Identity where it is one already)."""
+    if value in taken or value.producer() is None:
+        node = ir.node("Identity", [value], name=f"grad/{name}")
+        node.outputs[0].dtype = value.dtype
+        graph.append(node)
+        value = node.outputs[0]
+    taken.add(value)
+    value.name = name
+    if like is not None:
+        value.shape, value.type = like.shape, like.type
+    return value
+
+
+def default_wrt(graph: ir.Graph) -> list[str]:
+    """Float inputs and trainable weights, in the graph's order."""
+    inputs = [str(v.name) for v in graph.inputs if is_float(v)]
+    return inputs + [str(v.name) for v in graph.initializers.values() if trainable(v)]
+
+
+def _named_values(graph: ir.Graph) -> dict[str, ir.Value]:
+    values = [*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)]
+    return {str(v.name): v for v in values if v.name and (is_float(v) or v.dtype is None)}
+
+
+def _check_wrt(graph: ir.Graph, wrt: Sequence[str]) -> None:
+    known = _named_values(graph)
+    for name in wrt:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise UsageError(f"no float value named {name!r} in the model{hint}")

@@ -1,0 +1,156 @@
+"""How gradient and signal flow through the whole graph: the trunk at every depth, and which nodes take what share.
+
+Plain graph walks over per-value figures; where the figures come from (estimate or probe) does not matter here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.results import Blame
+
+Figures = Mapping[ir.Value, float]
+TINY = 1e-300
+
+
+def crossing(graph: ir.Graph, figures: Figures) -> dict[ir.Node, float]:
+    """For the cut behind each node: the largest figure of the values that cross it.
+
+    A value crosses every cut from its producer up to the node before its last consumer; outputs cross all later cuts'
+    ends. Values without a figure don't count; a cut that none crosses takes the figure of the cut before.
+    """
+    order = {node: k for k, node in enumerate(graph)}
+    starts: list[list[tuple[int, float]]] = [[] for _ in order]
+    for node, k in order.items():
+        for output in node.outputs:
+            figure = figures.get(output)
+            if figure is None:
+                continue
+            uses = [order[u.node] for u in output.uses() if u.node in order]
+            last = max(uses, default=k + 1)
+            starts[k].append((max(last, k + 1), figure))
+    found: dict[ir.Node, float] = {}
+    live: list[tuple[int, float]] = []
+    previous: float | None = None
+    for node, k in order.items():
+        live = [(end, f) for end, f in live if end > k] + starts[k]
+        if live:
+            previous = max(f for _, f in live)
+        if previous is not None:
+            found[node] = previous
+    return found
+
+
+def blame(
+    graph: ir.Graph,
+    norms: Figures,
+    edges: Mapping[tuple[ir.Node, int], float],
+    cotangent: float,
+    targets: Sequence[ir.Value],
+    limit: int = 400,
+) -> dict[ir.Value, tuple[Blame, ...]]:
+    """Split log10(norm(v) / cotangent) of each target over the nodes between it and the outputs.
+
+    With w_e the share of consumer e in the second moment of a value's gradient:
+    log q(v) = sum_e w_e (log q(out_e) + gain_e), which telescopes, so the parts sum to the decay exactly (a node's own
+    input value counts as passed unchanged where its norm is not known). edges: squared norm sent back per (node, input).
+    Keeps the `limit` largest parts.
+    """
+    order = [n for n in graph if any(o in norms for o in n.outputs) or n.outputs]
+    index = {node: k for k, node in enumerate(order)}
+    wanted = set(targets)
+    log = _filled(order, norms, edges)
+    parts: dict[ir.Value, np.ndarray] = {}
+    found: dict[ir.Value, tuple[Blame, ...]] = {}
+    base = math.log10(max(cotangent, TINY))
+    for node in reversed(order):
+        for value in node.outputs:
+            if value not in log:
+                continue
+            vector = _parts(value, log, edges, parts, index, base)
+            parts[value] = vector
+            if value in wanted:
+                found[value] = _largest(vector, order, limit)
+        for value in node.outputs:  # what lies behind is no longer needed by anyone before
+            for use in value.uses():
+                for output in use.node.outputs:
+                    if output in parts and output not in wanted and _done(output, index, node):
+                        parts.pop(output)
+    return found
+
+
+def _done(output: ir.Value, index: Mapping[ir.Node, int], now: ir.Node) -> bool:
+    producer = output.producer()
+    readers = [v.producer() for v in (producer.inputs if producer is not None else ()) if v is not None]
+    return all(r is None or r not in index or index[r] > index[now] for r in readers)
+
+
+def _filled(
+    order: Sequence[ir.Node], norms: Figures, edges: Mapping[tuple[ir.Node, int], float]
+) -> dict[ir.Value, float]:
+    """log10 norm of every value on the way: known, or by the estimated gains from what lies behind it."""
+    log: dict[ir.Value, float] = {}
+    estimated: dict[ir.Value, float] = {}
+    for node in reversed(order):
+        for value in node.outputs:
+            sent = [(u.node, edges[u.node, u.idx]) for u in value.uses() if (u.node, u.idx) in edges]
+            total = sum(q for _, q in sent)
+            if total > 0:
+                estimated[value] = 0.5 * math.log10(max(total, TINY))
+            if value in norms:
+                log[value] = math.log10(max(norms[value], TINY))
+            elif total > 0:
+                behind = [(log[o] - estimated.get(o, log[o]), q) for n, q in sent for o in n.outputs[:1] if o in log]
+                weight = sum(q for _, q in behind)
+                offset = sum(d * q for d, q in behind) / weight if weight > 0 else 0.0
+                log[value] = estimated[value] + offset
+    return log
+
+
+def _parts(
+    value: ir.Value,
+    log: Mapping[ir.Value, float],
+    edges: Mapping[tuple[ir.Node, int], float],
+    parts: Mapping[ir.Value, np.ndarray],
+    index: Mapping[ir.Node, int],
+    base: float,
+) -> np.ndarray:
+    vector = np.zeros(len(index))
+    sent = [(u.node, edges.get((u.node, u.idx), 0.0)) for u in value.uses() if u.node in index]
+    total = sum(q for _, q in sent)
+    if total <= 0:
+        return vector
+    for node, q in sent:
+        outputs = [o for o in node.outputs if o in log]
+        if q <= 0 or not outputs:
+            continue
+        share = q / total
+        behind = outputs[0]
+        vector[index[node]] += share * (log[value] - log[behind])
+        if behind in parts:
+            vector += share * parts[behind]
+        elif behind.is_graph_output():
+            vector[index[node]] += share * (log[behind] - base)
+    return vector
+
+
+def _largest(vector: np.ndarray, order: Sequence[ir.Node], limit: int) -> tuple[Blame, ...]:
+    rows = [(k, float(vector[k])) for k in np.nonzero(np.abs(vector) > 5e-4)[0]]
+    rows = sorted(sorted(rows, key=lambda r: -abs(r[1]))[:limit])
+    return tuple(Blame(str(order[k].name), order[k].op_type, round(d, 6)) for k, d in rows)
+
+
+def depths(graph: ir.Graph) -> Callable[[ir.Node], float]:
+    """A node's depth in [0, 1]: longest path to it over the longest path through it."""
+    order = list(graph)
+    before: dict[ir.Node, int] = {}
+    after: dict[ir.Node, int] = {}
+    for node in order:
+        before[node] = 1 + max((before[p] for p in node.predecessors() if p in before), default=-1)
+    for node in reversed(order):
+        after[node] = 1 + max((after[s] for s in node.successors() if s in after), default=-1)
+    return lambda node: before.get(node, 0) / max(1, before.get(node, 0) + after.get(node, 0))

@@ -1,0 +1,171 @@
+"""The canonical form: another spelling of the same function."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from gradlint.canonical import Dims, canonicalize
+from gradlint.exceptions import DataError
+from gradlint.graph import dims
+from gradlint.load import from_proto
+from gradlint.testing import session
+
+RNG = np.random.default_rng(3)
+X = RNG.standard_normal((2, 3, 4, 6)).astype(np.float32)
+
+
+def single(
+    op: str, opset: int, *constants: np.ndarray, outputs: int = 1, shape=X.shape, **attributes
+) -> onnx.ModelProto:
+    names = [f"c{k}" for k in range(len(constants))]
+    node = helper.make_node(op, ["x", *names], [f"y{k}" for k in range(outputs)], **attributes)
+    graph = helper.make_graph(
+        [node],
+        op,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_empty_tensor_value_info(f"y{k}") for k in range(outputs)],
+        [numpy_helper.from_array(c, n) for c, n in zip(constants, names, strict=True)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+def canonical(model: onnx.ModelProto, bound: Dims | None = None) -> ir.Model:
+    loaded = from_proto(model, "model", Path("."))
+    canonicalize(loaded, bound or Dims())
+    return loaded
+
+
+OLD_FORMS = {
+    "softmax flattens": single("Softmax", 11, axis=1),
+    "softmax on the last axis": single("Softmax", 11, axis=3),
+    "logsoftmax": single("LogSoftmax", 7, axis=2),
+    "squeeze axes": single("Squeeze", 11, shape=(2, 1, 4), axes=[1]),
+    "unsqueeze axes": single("Unsqueeze", 11, axes=[0, 2]),
+    "reduce axes": single("ReduceMean", 13, axes=[1, 3], keepdims=0),
+    "reduce sum axes": single("ReduceSum", 11, axes=[-1]),
+    "split sizes": single("Split", 11, outputs=2, axis=3, split=[2, 4]),
+    "slice attributes": single("Slice", 9, starts=[0, 1], ends=[2, 3], axes=[0, 2]),
+    "clip attributes": single("Clip", 7, min=-0.5, max=0.3),
+    "clip one side": single("Clip", 7, min=-0.5),
+    "pad attributes": single("Pad", 7, pads=[0, 0, 1, 2, 0, 0, 3, 0], value=1.5),
+    "pad without value": single("Pad", 7, pads=[0, 0, 1, 2, 0, 0, 3, 0]),
+    "top k attribute": single("TopK", 7, outputs=2, k=2),
+    "upsample": single("Upsample", 9, np.array([1, 1, 2, 3], np.float32), mode="nearest"),
+    "resize ten": single("Resize", 10, np.array([1, 1, 2, 2], np.float32), mode="linear"),
+    "dropout ratio": single("Dropout", 7, ratio=0.3),
+    "batch normalisation": single(
+        "BatchNormalization", 7, *(np.abs(RNG.standard_normal(3)).astype(np.float32) for _ in range(4))
+    ),
+    "auto pad upper": single(
+        "Conv", 11, RNG.standard_normal((5, 3, 3, 2)).astype(np.float32), auto_pad="SAME_UPPER", strides=[2, 1]
+    ),
+    "auto pad lower": single("MaxPool", 11, auto_pad="SAME_LOWER", kernel_shape=[2, 3], strides=[1, 2]),
+    "auto pad valid": single("AveragePool", 11, auto_pad="VALID", kernel_shape=[2, 3]),
+    "transposed auto pad": single(
+        "ConvTranspose", 11, RNG.standard_normal((3, 5, 3, 2)).astype(np.float32), auto_pad="SAME_UPPER", strides=[2, 2]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLD_FORMS)
+def test_lifting_keeps_the_function(name: str) -> None:
+    model = OLD_FORMS[name]
+    x = RNG.standard_normal([d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]).astype(np.float32)
+    before = session(model).run(None, {"x": x})
+    lifted = ir.to_proto(canonical(onnx.ModelProto.FromString(model.SerializeToString())))
+    onnx.checker.check_model(lifted)
+    assert {o.version for o in lifted.opset_import if o.domain == ""} == {21}
+    after = session(lifted).run(None, {"x": x})
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def text(source: str) -> onnx.ModelProto:
+    return onnx.parser.parse_model(source)
+
+
+HEADER = '<ir_version: 8, opset_import: ["" : 17]>'
+
+
+def test_shape_arithmetic_is_folded_and_the_batch_bound() -> None:
+    model = text(
+        f"""{HEADER} flat (float[N, 3, 4] x) => (float[a, b] y) {{
+            s = Shape(x)  i = Constant<value_int = 0>()  n = Gather(s, i)
+            axes = Constant<value_ints = [0]>()  head = Unsqueeze(n, axes)
+            rest = Constant<value_ints = [-1]>()  shape = Concat<axis = 0>(head, rest)
+            y = Reshape(x, shape) }}"""
+    )
+    loaded = canonical(model, Dims(batch=5))
+    assert [n.op_type for n in loaded.graph] == ["Reshape"]
+    assert dims(loaded.graph.outputs[0]) == (5, 12)
+
+
+def test_a_weight_is_never_folded() -> None:
+    model = text(
+        f"""{HEADER} net (float[N, 3] x) => (float[N, 2] y) <float[2, 3] w = {{1, 2, 3, 4, 5, 6}}> {{
+            t = Transpose<perm = [1, 0]>(w)  y = MatMul(x, t) }}"""
+    )
+    loaded = canonical(model)
+    assert [n.op_type for n in loaded.graph] == ["Transpose", "MatMul"]
+    assert "w" in loaded.graph.initializers
+
+
+def test_functions_are_inlined() -> None:
+    model = text(
+        """<ir_version: 8, opset_import: ["" : 17, "local" : 1]> net (float[N, 3] x) => (float[N, 3] y) {
+            y = local.twice(x) }
+        <domain: "local", opset_import: ["" : 17]> twice (a) => (b) { h = Relu(a)  b = Relu(h) }"""
+    )
+    assert [n.op_type for n in canonical(model).graph] == ["Relu", "Relu"]
+
+
+def test_nodes_get_unique_names() -> None:
+    model = text(f"{HEADER} net (float[N, 3] x) => (float[N, 3] y) {{ h = Relu(x)  y = Relu(h) }}")
+    for node in model.graph.node:
+        node.name = "same"
+    names = [n.name for n in canonical(model).graph]
+    assert names == ["same", "same#2"]
+
+
+def test_dimensions_by_name_and_by_position() -> None:
+    model = text(f"{HEADER} net (float[N, T, 4] x) => (float[N, T, 4] y) {{ y = Relu(x) }}")
+    loaded = from_proto(model, "model", Path("."))
+    said = canonicalize(loaded, Dims(batch=3, names={"T": 7}))
+    assert dims(loaded.graph.inputs[0]) == (3, 7, 4)
+    assert said == ("N = 3",)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ({"x": (2, 5)}, "dimensions"),
+        ({"x": (2, 3, 5)}, "axis 2 must be 4"),
+        ({"z": (2, 3, 4)}, "no input named 'z'"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes: dict[str, tuple[int, ...]], said: str) -> None:
+    model = text(f"{HEADER} net (float[N, 3, 4] x) => (float[N, 3, 4] y) {{ y = Relu(x) }}")
+    with pytest.raises(DataError, match=said):
+        canonical(model, Dims(shapes=shapes))
+
+
+def test_a_folding_bomb_is_left_alone() -> None:
+    model = text(
+        f"""{HEADER} bomb (float[N, 3] x) => (float[N, 3] y, float[k] z) {{
+            n = Constant<value_ints = [4000000000]>()  one = Constant<value_float = 1.0>()
+            z = Expand(one, n)  y = Relu(x) }}"""
+    )
+    assert "Expand" in [n.op_type for n in canonical(model).graph]
+
+
+def test_sizes_are_found_that_the_graph_accepts() -> None:
+    model = text(
+        f"""{HEADER} net (float[N, 3, H, W] x) => (float[N, 6] y) <int64[2] s = {{0, 6}}> {{
+            a = AveragePool<kernel_shape = [64, 32], strides = [64, 32]>(x)  y = Reshape(a, s) }}"""
+    )
+    assert dims(canonical(model, Dims(batch=2)).graph.outputs[0]) == (2, 6)

@@ -1,0 +1,255 @@
+"""RNN, GRU and LSTM: gradients against finite differences of the specification in float64, estimates by Monte Carlo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from gradlint.canonical import Dims, canonicalize
+from gradlint.differentiate import backward, differentiate
+from gradlint.load import from_proto
+from gradlint.testing import session
+
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+DEFAULT = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
+Arrays = dict[str, np.ndarray]
+
+
+def activation(name: str, a: float, b: float) -> Any:
+    return {
+        "Sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+        "Tanh": np.tanh,
+        "Relu": lambda z: np.maximum(z, 0),
+        "Affine": lambda z: a * z + b,
+        "LeakyRelu": lambda z: np.where(z > 0, z, a * z),
+        "ThresholdedRelu": lambda z: np.where(z > a, z, 0),
+        "ScaledTanh": lambda z: a * np.tanh(b * z),
+        "HardSigmoid": lambda z: np.clip(a * z + b, 0, 1),
+        "Elu": lambda z: np.where(z > 0, z, a * np.expm1(z)),
+        "Softsign": lambda z: z / (1 + np.abs(z)),
+        "Softplus": lambda z: np.log1p(np.exp(z)),
+    }[name]
+
+
+def specification(op: str, v: Arrays, attributes: Mapping[str, Any]) -> list[np.ndarray]:
+    """Y, Y_h (and Y_c) as ONNX's operator pages define them, for layout 0."""
+    width, hidden = v["W"].shape[0], v["R"].shape[2]
+    steps, batch, _ = v["X"].shape
+    names = attributes.get("activations", DEFAULT[op] * width)
+    alpha = attributes.get("activation_alpha", [0.0] * len(names))
+    beta = attributes.get("activation_beta", [0.0] * len(names))
+    lens = v.get("lens", np.full(batch, steps))
+    functions = [activation(*each) for each in zip(names, alpha, beta, strict=True)]
+    y = np.zeros((steps, width, batch, hidden))
+    last_h, last_c = [], []
+    for k in range(width):
+        fs = functions[k * len(DEFAULT[op]) : (k + 1) * len(DEFAULT[op])]
+        h = v["h0"][k].copy() if "h0" in v else np.zeros((batch, hidden))
+        c = v["c0"][k].copy() if "c0" in v else np.zeros((batch, hidden))
+        reverse = k == 1 or attributes.get("direction") == "reverse"
+        for s in range(steps):
+            for b in np.flatnonzero(s < lens):
+                t = lens[b] - 1 - s if reverse else s
+                h[b], c[b] = step(op, v, k, v["X"][t, b], h[b], c[b], fs, attributes)
+                y[t, k, b] = h[b]
+        last_h.append(h)
+        last_c.append(c)
+    return [y, np.stack(last_h), np.stack(last_c)][: 3 if op == "LSTM" else 2]
+
+
+def step(op: str, v: Arrays, k: int, x: Any, h: Any, c: Any, fs: Any, attributes: Mapping[str, Any]) -> tuple[Any, Any]:
+    w, r, n = v["W"][k], v["R"][k], GATES[op]
+    wb, rb = np.split(v["B"][k], 2) if "B" in v else (np.zeros(len(w)), np.zeros(len(w)))
+    limit = attributes.get("clip", np.inf)
+
+    def bounded(z: Any) -> Any:
+        return np.clip(z, -limit, limit)
+
+    if op == "RNN":
+        return fs[0](bounded(w @ x + r @ h + wb + rb)), c
+    ws, rs = np.split(w @ x + wb, n), np.split(r, n)
+    rbs = np.split(rb, n)
+    if op == "LSTM":
+        pi, po, pf = np.split(v["P"][k], 3) if "P" in v else (0, 0, 0)
+        i, o, f, g = (a + m @ h + e for a, m, e in zip(ws, rs, rbs, strict=True))
+        i = fs[0](bounded(i + pi * c))
+        f = 1 - i if attributes.get("input_forget") else fs[0](bounded(f + pf * c))
+        c = f * c + i * fs[1](bounded(g))
+        return fs[0](bounded(o + po * c)) * fs[2](c), c
+    z, reset = (fs[0](bounded(ws[j] + rs[j] @ h + rbs[j])) for j in (0, 1))
+    if attributes.get("linear_before_reset"):
+        candidate = fs[1](bounded(ws[2] + reset * (rs[2] @ h + rbs[2])))
+    else:
+        candidate = fs[1](bounded(ws[2] + rs[2] @ (reset * h) + rbs[2]))
+    return (1 - z) * candidate + z * h, c
+
+
+INPUTS = ("X", "W", "R", "B", "lens", "h0", "c0", "P")
+
+
+def case(op: str, given: str, attributes: Mapping[str, Any], *, steps: int, seed: int = 0) -> Arrays:
+    rng = np.random.default_rng(seed)
+    batch, size, hidden, width = 3, 4, 5, 2 if attributes.get("direction") == "bidirectional" else 1
+    n = GATES[op]
+    shapes = {
+        "X": (steps, batch, size), "W": (width, n * hidden, size), "R": (width, n * hidden, hidden),
+        "B": (width, 2 * n * hidden), "h0": (width, batch, hidden), "c0": (width, batch, hidden),
+        "P": (width, 3 * hidden),
+    }  # fmt: skip
+    arrays = {k: 0.6 * rng.standard_normal(shapes[k]) for k in ["X", "W", "R", *given.split()] if k != "lens"}
+    if "lens" in given:
+        arrays["lens"] = np.array([steps, 1, max(1, steps - 2)], np.int32)
+    return {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in arrays.items()}
+
+
+def model(op: str, arrays: Arrays, attributes: Mapping[str, Any], *, outputs: str, symbolic: bool) -> onnx.ModelProto:
+    shape: dict[str, list[Any]] = {k: list(v.shape) for k, v in arrays.items()}
+    if symbolic:
+        shape["X"] = ["T", "B", shape["X"][2]]
+        for name in ("h0", "c0"):
+            if name in shape:
+                shape[name][1] = "B"
+        if "lens" in shape:
+            shape["lens"] = ["B"]
+    kinds = {k: TensorProto.INT32 if k == "lens" else TensorProto.FLOAT for k in arrays}
+    last = max(INPUTS.index(k) for k in arrays)
+    node = helper.make_node(
+        op,
+        [k if k in arrays else "" for k in INPUTS[: last + 1]],
+        [o if o in outputs.split() else "" for o in ("Y", "Y_h", "Y_c")[: 3 if op == "LSTM" else 2]],
+        name=op,
+        hidden_size=arrays["R"].shape[2],
+        **attributes,
+    )
+    infos = [helper.make_tensor_value_info(k, kinds[k], shape[k]) for k in arrays]
+    graph = helper.make_graph([node], "g", infos, [helper.make_empty_tensor_value_info(o) for o in outputs.split()])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(made, strict_mode=True)
+
+
+def check(
+    op: str, given: str = "", *, steps: int = 5, outputs: str = "Y Y_h", symbolic: bool = False, **attributes: Any
+) -> None:
+    """The gradient of every float input, in onnxruntime, against differences of the specification in float64."""
+    arrays = case(op, given, attributes, steps=steps)
+    names = [k for k, v in arrays.items() if v.dtype == np.float32]
+    proto = model(op, arrays, attributes, outputs=outputs, symbolic=symbolic)
+    back = differentiate(proto, wrt=names)
+    onnx.checker.check_model(back, full_check=True)
+    exact = {k: v.astype(np.float64) if k in names else v for k, v in arrays.items()}
+    chosen = [("Y", "Y_h", "Y_c").index(o) for o in outputs.split()]
+    values = [specification(op, exact, attributes)[k] for k in chosen]
+    rng = np.random.default_rng(7)
+    cotangents = [rng.standard_normal(v.shape) for v in values]
+    feed = dict(arrays)
+    for o, t in zip(outputs.split(), cotangents, strict=True):
+        feed[f"{o}.cotangent"] = t.astype(np.float32)
+    results = session(back).run([*outputs.split(), *(f"{n}.grad" for n in names)], feed)
+    for got, expected in zip(results, values, strict=False):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+    def loss(changed: Arrays) -> float:
+        found = specification(op, exact | changed, attributes)
+        return sum(float(np.sum(found[k] * t)) for k, t in zip(chosen, cotangents, strict=True))
+
+    for name, grad in zip(names, results[len(chosen) :], strict=True):
+        x, h = exact[name], 1e-6
+        for _ in range(3):
+            d = rng.standard_normal(x.shape)
+            numeric = (loss({name: x + h * d}) - loss({name: x - h * d})) / (2 * h)
+            scale = np.linalg.norm(grad) * np.linalg.norm(d) / np.sqrt(x.size) + 1e-3
+            assert abs(numeric - np.sum(grad * d)) / scale < 1e-4, (name, numeric, np.sum(grad * d))
+
+
+@pytest.mark.parametrize("op", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("given", ["", "B h0", "B lens h0"])
+def test_gradients_of_directions_and_lengths(op: str, direction: str, given: str) -> None:
+    check(op, given + (" c0" if "h0" in given and op == "LSTM" else ""), direction=direction)
+
+
+@pytest.mark.parametrize("op", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("outputs", ["Y", "Y_h"])
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_gradients_when_not_every_output_is_used(op: str, outputs: str, symbolic: bool) -> None:
+    check(op, "B", outputs=outputs, symbolic=symbolic)
+
+
+@pytest.mark.parametrize("op", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_of_short_sequences(op: str, steps: int) -> None:
+    check(op, "B h0" + (" c0" if op == "LSTM" else ""), steps=steps)
+
+
+@pytest.mark.parametrize("op", ["RNN", "GRU", "LSTM"])
+def test_a_clipped_activation_has_no_slope(op: str) -> None:
+    check(op, "B h0", clip=0.7)
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_gradients_through_lengths_with_symbolic_sizes(symbolic: bool, direction: str) -> None:
+    check("LSTM", "B lens h0 c0 P", outputs="Y Y_h Y_c", symbolic=symbolic, direction=direction)
+
+
+@pytest.mark.parametrize("given", ["P", "B P h0 c0"])
+@pytest.mark.parametrize("attributes", [{}, {"clip": 0.8}, {"input_forget": 1}, {"direction": "bidirectional"}])
+def test_lstm_with_peepholes(given: str, attributes: dict[str, Any]) -> None:
+    check("LSTM", given, outputs="Y Y_h Y_c", **attributes)
+
+
+def test_lstm_with_coupled_gates() -> None:
+    check("LSTM", "B h0 c0", input_forget=1)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+def test_gru_that_resets_after_the_product(direction: str) -> None:
+    check("GRU", "B lens h0", linear_before_reset=1, direction=direction)
+    check("GRU", "", linear_before_reset=1, direction=direction)
+
+
+ALPHA_BETA = {
+    "Affine": (0.8, 0.1), "LeakyRelu": (0.2, 0), "ThresholdedRelu": (0.3, 0), "ScaledTanh": (1.3, 0.6),
+    "HardSigmoid": (0.4, 0.45), "Elu": (0.7, 0), "Relu": (0, 0), "Softsign": (0, 0), "Softplus": (0, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALPHA_BETA)
+def test_other_activations(name: str) -> None:
+    alpha, beta = ALPHA_BETA[name]
+    check("RNN", "B", activations=[name], activation_alpha=[float(alpha)], activation_beta=[float(beta)])
+
+
+def test_activations_of_gates_and_cell() -> None:
+    scaled = {"activation_alpha": [0.3, 1.2, 0.9], "activation_beta": [0.5, 0.7, 0.1]}
+    check("LSTM", "B P h0 c0", activations=["HardSigmoid", "ScaledTanh", "Affine"], **scaled)
+    check("GRU", "B h0", activations=["Sigmoid", "Softsign"])
+
+
+def test_gradient_of_every_hidden_state_is_a_byproduct() -> None:
+    """The total one: what comes from Y and from later steps. At the last step it is the cotangent itself."""
+    for op, direction, last in (("LSTM", "forward", -1), ("GRU", "reverse", 0), ("RNN", "forward", -1)):
+        arrays = case(op, "B", {}, steps=4)
+        loaded = from_proto(
+            model(op, arrays, {"direction": direction}, outputs="Y", symbolic=False), "model", Path(".")
+        )
+        canonicalize(loaded, Dims())
+        graph = loaded.graph
+        seed = ir.Value(name="t", shape=graph.outputs[0].shape, type=graph.outputs[0].type)
+        graph.inputs.append(seed)
+        b, found, _ = backward(graph, {graph.outputs[0]: seed}, [v for v in graph.inputs if v.name == "W"])
+        assert len(found) == 1
+        (hidden,) = b.byproducts.values()
+        graph.outputs.append(hidden)
+        t = np.random.default_rng(0).standard_normal((4, 1, 3, 5)).astype(np.float32)
+        got = session(ir.to_proto(loaded)).run([hidden.name], arrays | {"t": t})[0]
+        assert got.shape == t.shape
+        np.testing.assert_allclose(got[last], t[last], rtol=1e-5)
+        assert np.abs(got - t).max() > 0.1

@@ -1,0 +1,61 @@
+"""Sums, means, extremes and norms over axes."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from gradlint.testing import Activation, check_op
+
+
+def axes(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+LAYOUTS = [
+    (axes(1), {}),
+    (axes(-1), {"keepdims": 0}),
+    (axes(2, 3), {}),
+    (axes(-1, -2), {"keepdims": 0}),
+    (axes(1, 2, 3), {"keepdims": 0}),
+    (axes(0), {}),
+    (None, {}),
+    (None, {"keepdims": 0}),
+    (axes(), {"keepdims": 0}),
+]
+
+
+@pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean"])
+@pytest.mark.parametrize(("over", "attributes"), LAYOUTS)
+def test_sum_and_mean(op: str, over: np.ndarray | None, attributes: Mapping[str, int]) -> None:
+    check_op(op, Activation((8, 6, 4, 5), mean=0.3), over, **attributes)
+
+
+@pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean", "ReduceProd", "ReduceMax", "ReduceMin"])
+def test_without_axes_nothing_is_reduced(op: str) -> None:
+    check_op(op, Activation((8, 6), mean=0.3), None, noop_with_empty_axes=1)
+
+
+@pytest.mark.parametrize("op", ["ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"])
+@pytest.mark.parametrize(("over", "attributes"), LAYOUTS)
+def test_norms(op: str, over: np.ndarray | None, attributes: Mapping[str, int]) -> None:
+    check_op(op, Activation((8, 6, 4, 5), mean=0.5), over, **attributes)
+
+
+@pytest.mark.parametrize(("over", "attributes"), LAYOUTS)
+def test_log_of_a_sum(over: np.ndarray | None, attributes: Mapping[str, int]) -> None:
+    check_op("ReduceLogSum", Activation((8, 6, 4, 5), mean=3, std=0.5, low=1, high=5), over, **attributes)
+
+
+@pytest.mark.parametrize(("over", "attributes"), LAYOUTS[:5])
+def test_product(over: np.ndarray, attributes: Mapping[str, int]) -> None:
+    check_op("ReduceProd", Activation((8, 6, 2, 3), mean=1.0, std=0.2), over, **attributes)
+
+
+@pytest.mark.parametrize("exclusive", [0, 1])
+@pytest.mark.parametrize("reverse", [0, 1])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_running_sum(exclusive: int, reverse: int, axis: int) -> None:
+    check_op(
+        "CumSum", Activation((8, 6, 5), mean=0.3), np.array(axis, np.int64), exclusive=exclusive, reverse=reverse
+    )

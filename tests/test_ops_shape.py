@@ -1,0 +1,177 @@
+"""Operators that rearrange, retype or repeat elements."""
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import parser
+
+from gradlint.differentiate import differentiate
+from gradlint.testing import Activation, check_op, session
+
+RNG = np.random.default_rng(2)
+
+
+def ints(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.int64)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def test_identity_and_dropout() -> None:
+    check_op("Identity", Activation((8, 6), mean=0.5))
+    check_op("Dropout", Activation((8, 6), mean=0.5))
+
+
+def test_cast_between_floats() -> None:
+    check_op("Cast", Activation((8, 6)), to=onnx.TensorProto.FLOAT)
+    check_op("CastLike", Activation((8, 6)), normal(1), wrt=(0,))
+
+
+@pytest.mark.parametrize(
+    ("src", "dst"),
+    [
+        ((8, 4, 6), (8, 24)),
+        ((8, 24), (8, 4, 6)),
+        ((8, 5, 6), (40, 6)),
+        ((40, 6), (8, 5, 6)),
+        ((8, 12, 3), (-1, 4, 3, 0 + 3)),
+        ((8, 4, 6, 6), (8, 4, 3, 2, 3, 2)),
+        ((8, 3, 2), (2, 24)),
+        ((8, 1, 5), (8, 5, 1, 1)),
+    ],
+)
+def test_reshape(src: tuple[int, ...], dst: tuple[int, ...]) -> None:
+    check_op("Reshape", Activation(src, mean=0.5), ints(*dst))
+
+
+def test_reshape_copies_sizes_and_keeps_empty_ones() -> None:
+    check_op("Reshape", Activation((8, 4, 6), mean=0.5), ints(0, -1))
+    check_op("Reshape", Activation((8, 0, 6)), ints(8, 6, 0), allowzero=1, moments=None, pullback=None)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_flatten(axis: int) -> None:
+    check_op("Flatten", Activation((8, 3, 4), mean=0.5), axis=axis)
+
+
+def test_squeeze_and_unsqueeze() -> None:
+    check_op("Squeeze", Activation((8, 1, 4, 1), mean=0.5), ints(1, -1))
+    check_op("Squeeze", Activation((8, 1, 4, 1), mean=0.5))
+    check_op("Unsqueeze", Activation((8, 4), mean=0.5), ints(0, -1))
+
+
+@pytest.mark.parametrize("perm", [[0, 2, 1, 3], [3, 1, 0, 2], None])
+def test_transpose(perm: list[int] | None) -> None:
+    check_op("Transpose", Activation((8, 2, 3, 4), mean=0.5), **({} if perm is None else {"perm": perm}))
+
+
+def test_expand() -> None:
+    check_op("Expand", Activation((8, 1, 4), mean=0.5), ints(8, 5, 4))
+    check_op("Expand", Activation((8, 1), mean=0.5), ints(8, 6))
+    check_op("Expand", Activation((8, 4), mean=0.5), ints(3, 1, 1))
+
+
+@pytest.mark.parametrize("repeats", [(1, 3, 2), (1, 1, 4), (2, 1, 1)])
+def test_tile(repeats: tuple[int, ...]) -> None:
+    check_op("Tile", Activation((8, 2, 3), mean=0.5), ints(*repeats))
+
+
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+def test_depth_to_space(mode: str) -> None:
+    check_op("DepthToSpace", Activation((4, 12, 3, 2), mean=0.5), blocksize=2, mode=mode)
+
+
+def test_space_to_depth() -> None:
+    check_op("SpaceToDepth", Activation((4, 3, 4, 6), mean=0.5), blocksize=2)
+
+
+# -- cutting, joining, padding -----------------------------------------------------------------------------------------
+
+
+def test_concat() -> None:
+    check_op("Concat", Activation((8, 3), mean=0.5), Activation((8, 4), mean=-1, std=2), axis=1)
+    check_op("Concat", Activation((8, 3, 5), mean=0.5), Activation((8, 3, 4)), normal(8, 3, 1), axis=-1)
+    check_op("Concat", Activation((8, 3)), axis=1)
+
+
+def test_concat_with_one_part_wanted() -> None:
+    check_op("Concat", Activation((8, 3)), Activation((8, 4)), Activation((8, 2)), axis=1, wrt=(1,))
+
+
+@pytest.mark.parametrize(("settings", "attributes"), [((ints(2, 3, 1),), {}), ((), {"num_outputs": 3})])
+def test_split(settings: tuple[np.ndarray, ...], attributes: dict[str, int]) -> None:
+    check_op("Split", Activation((8, 6), mean=0.5), *settings, outputs=3, axis=1, **attributes)
+
+
+@pytest.mark.parametrize(
+    ("starts", "ends", "axes", "steps"),
+    [
+        ((1,), (4,), (1,), None),
+        ((0, 1), (8, -1), (0, -1), None),
+        ((1, 0), (1 << 40, 6), (1, 2), (2, 3)),
+        ((-1,), (-(1 << 40),), (1,), (-1,)),
+        ((-1, 4), (-(1 << 40), 0), (1, 2), (-2, -3)),
+        ((5,), (1,), (2,), (-1,)),
+        ((2,), (3,), (1,), None),
+    ],
+)
+def test_slice(starts: Any, ends: Any, axes: Any, steps: Any) -> None:
+    extra = () if steps is None else (ints(*steps),)
+    check_op("Slice", Activation((8, 5, 7), mean=0.5), ints(*starts), ints(*ends), ints(*axes), *extra)
+
+
+def test_slice_of_leading_axes() -> None:
+    check_op("Slice", Activation((8, 5, 7), mean=0.5), ints(0, 1), ints(8, 3))
+
+
+# -- symbolic sizes ----------------------------------------------------------------------------------------------------
+
+
+def gradients(text: str, sizes: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """dx of a model with symbolic sizes, beside finite differences of <t, y> along one direction."""
+    model = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]>\n{text}')
+    rng = np.random.default_rng(seed)
+    x, d = rng.standard_normal((2, *sizes)).astype(np.float32)
+    y = session(model).run(None, {"x": x})[0]
+    t = rng.standard_normal(y.shape).astype(np.float32)
+    back = differentiate(model, wrt=["x"])
+    onnx.checker.check_model(back)
+    grad = session(back).run(["x.grad"], {"x": x, "y.cotangent": t})[0]
+    run = session(model)
+    ahead, behind = (run.run(None, {"x": x + k * 0.5 * d})[0].astype(np.float64) for k in (1, -1))
+    return grad, np.sum((ahead - behind) * t), np.sum(grad.astype(np.float64) * d)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "shape = Constant<value_ints=[0, -1]>() y = Reshape(x, shape)",
+        "y = Flatten<axis=2>(x)",
+        "a = Constant<value_ints=[1]>() u = Unsqueeze(x, a) y = Squeeze(u, a)",
+        "y = Transpose<perm=[2, 0, 1]>(x)",
+        "one = Constant<value_ints=[2, 1, 1, 1]>() y = Expand(x, one)",
+        "m = ReduceMean<keepdims=1>(x) s = Shape(x) y = Expand(m, s)",
+        "y = Concat<axis=-1>(x, x, x)",
+        "y = Concat<axis=1>(x, x)",
+        "a = Constant<value_ints=[1]>() e = Constant<value_ints=[-1]>() y = Slice(x, a, e, a)",
+        "a = Constant<value_ints=[-3]>() e = Constant<value_ints=[9223372036854775807]>() k = Constant<value_ints=[-2]>()"
+        " y = Slice(x, a, e, k)",
+        "a = Constant<value_ints=[-1]>() e = Constant<value_ints=[-9223372036854775807]>() k = Constant<value_ints=[1]>()"
+        " s = Constant<value_ints=[-2]>() y = Slice(x, a, e, k, s)",
+        "i = Constant<value_int=-1>() y = Gather<axis=1>(x, i)",
+        "i = Constant<value_ints=[0, 2, 0, -1]>() y = Gather<axis=1>(x, i)",
+        "i = Constant<value_ints=[0, 1]>() y = Gather<axis=0>(x, i)",
+        "r = Constant<value_ints=[1, 2, 3]>() y = Tile(x, r)",
+        "y, z = Split<axis=2, num_outputs=2>(x)",
+        "p = Constant<value_ints=[0, 1, 2, 0, 1, 0]>() y = Pad(x, p)",
+        "p = Constant<value_ints=[0, 1, 2, 0, 1, 0]>() y = Pad<mode=\"reflect\">(x, p)",
+    ],
+)  # fmt: skip
+def test_symbolic_sizes(body: str) -> None:
+    grad, numeric, exact = gradients(f"g (float[N, T, D] x) => (float y) {{ {body} }}", (3, 4, 6))
+    assert grad.shape == (3, 4, 6)
+    assert numeric == pytest.approx(exact, rel=1e-4, abs=1e-4)

@@ -27,7 +27,7 @@ from gradlint.load import Source, from_proto, read, source
 from gradlint.options import Options
 from gradlint.results import LEVELS, Coverage, ModelInfo, Report, Settings, Summary
 from gradlint.risk import risk
-from gradlint.rulebook import Rulebook, load_rules
+from gradlint.rulebook import Rulebook, configured_rules
 from gradlint.stage import guess_stage
 
 if TYPE_CHECKING:
@@ -58,11 +58,12 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
     score = risk(facts, options)
     found = judge(
         facts.subjects,
-        book or load_rules(options.rules),
+        book or configured_rules(options.rules, options.levels, options.limits),
         preview=options.preview,
         select=options.select,
         ignore=options.ignore,
         extend_select=options.extend_select,
+        layer_ignores=options.layer_ignores,
     ).findings
     timing = {
         "load_s": loaded - began,

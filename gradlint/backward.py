@@ -12,6 +12,10 @@ import onnx_ir as ir
 from gradlint.graph import dims
 
 
+class Unsupported(Exception):
+    """A vjp row meets a case it has no derivative for: the gradient is cut there, and listed."""
+
+
 @dataclass
 class Backward:
     """Builds the backward part of a graph. Equal expressions are built once (rows may recompute what others did).
@@ -33,7 +37,40 @@ class Backward:
         self, op_type: str, *inputs: ir.Value | None, dtype: ir.DataType | None = None, **attributes: Any
     ) -> ir.Value:
         """One output of one operator; its type is that of the first typed input unless `dtype` says otherwise."""
-        return self.ops(op_type, *inputs, outputs=1, dtype=dtype, **attributes)[0]
+        shorter = self._without_transposes(op_type, inputs, attributes)
+        return shorter if shorter is not None else self.ops(op_type, *inputs, outputs=1, dtype=dtype, **attributes)[0]
+
+    def _without_transposes(
+        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any]
+    ) -> ir.Value | None:
+        """The same value with fewer transposes: pairs are composed, (A B)^T = B^T A^T, products read A for (A^T)^T."""
+        sources = [None if v is None else v.producer() for v in inputs[:2]]
+        if op_type == "Transpose" and (source := sources[0]) is not None:
+            perm = attributes.get("perm")
+            if source.op_type == "Transpose":
+                return self._composed(source, perm)
+            own = source.graph is None and len(source.inputs) == 2 and "alpha" not in source.attributes
+            if source.op_type == "Gemm" and own and perm in (None, [1, 0]):
+                left, right = (int(source.attributes.get_int(k, 0)) for k in ("transA", "transB"))
+                return self.op("Gemm", source.inputs[1], source.inputs[0], transA=1 - right, transB=1 - left)
+        if op_type == "Gemm":
+            for k, flip in enumerate(("transA", "transB")):
+                source = sources[k]
+                if source is not None and source.op_type == "Transpose":
+                    operands = [source.inputs[0] if i == k else v for i, v in enumerate(inputs)]
+                    return self.op("Gemm", *operands, **{**attributes, flip: 1 - attributes.get(flip, 0)})
+        return None
+
+    def _composed(self, inner: ir.Node, perm: list[int] | None) -> ir.Value | None:
+        """A further Transpose by `perm` of what `inner` transposed."""
+        first = inner.attributes.get("perm")
+        before = list(first.as_ints()) if first is not None else None
+        if before is None or perm is None:
+            return inner.inputs[0] if before is None and perm is None else None
+        both = [before[k] for k in perm]
+        if both == sorted(both):
+            return inner.inputs[0]
+        return self.op("Transpose", inner.inputs[0], perm=both)
 
     def ops(
         self,
@@ -90,6 +127,31 @@ class Backward:
     def wanted(self, value: ir.Value | None) -> bool:
         return value is not None and value in self.needs
 
+    def total(self, terms: Sequence[ir.Value], value: ir.Value) -> ir.Value:
+        """The sum of gradients of `value`; neighbouring pieces that zeros were put around are laid side by side."""
+        terms = self._side_by_side(list(terms), value)
+        total = terms[0]
+        for term in terms[1:]:
+            total = self.op("Add", total, term)
+        return total
+
+    def _side_by_side(self, terms: list[ir.Value], value: ir.Value) -> list[ir.Value]:
+        """Pad(a) + Pad(b), where a ends as b begins along one axis, is Pad(Concat(a, b)): a sum and two passes less."""
+        pads = {t: p for t in terms if (p := _padded(t, value)) is not None}
+        for first, (axis, begin, end) in sorted(pads.items(), key=lambda item: item[1]):
+            run, stop = [first], end
+            for other, (axis_, start, end_) in sorted(pads.items(), key=lambda item: item[1]):
+                if axis_ == axis and start == stop and first in terms and other in terms:
+                    run.append(other)
+                    stop = end_
+            if len(run) > 1:
+                joint = self.op("Concat", *(t.producer().inputs[0] for t in run), axis=axis)  # type: ignore[union-attr]
+                rest = int(value.shape[axis]) - stop  # type: ignore[index, arg-type]
+                if begin or rest:
+                    joint = self.op("Pad", joint, self.constant([begin, rest]), None, self.constant([axis]))
+                terms = [joint if t is first else t for t in terms if t is first or t not in run]
+        return terms
+
     def sum_over(self, g: ir.Value, axes: Sequence[int], keepdims: bool = False) -> ir.Value:
         return self.op("ReduceSum", g, self.constant(list(axes)), keepdims=int(keepdims)) if axes else g
 
@@ -132,3 +194,16 @@ class Backward:
         for value in self.constants.values():
             if value.graph is None:
                 graph.register_initializer(value)
+
+
+def _padded(term: ir.Value, value: ir.Value) -> tuple[int, int, int] | None:
+    """(axis, begin, end) of the piece that `term`, shaped like `value`, puts zeros around along one axis."""
+    node = term.producer()
+    if node is None or node.op_type != "Pad" or len(node.inputs) < 4 or value.shape is None:
+        return None
+    pads, axes = (None if v is None or v.const_value is None else v.const_value.numpy() for v in node.inputs[1::2])
+    if pads is None or axes is None or len(axes) != 1 or "mode" in node.attributes or node.inputs[2] is not None:
+        return None
+    axis = int(axes[0]) % len(value.shape)
+    size = value.shape[axis]
+    return (axis, int(pads[0]), size - int(pads[1])) if isinstance(size, int) else None

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from gradlint.exceptions import DataError, ModelError
-from gradlint.graph import attribute, trainable
+from gradlint.graph import attribute, op, trainable
 
 TARGET_OPSET = 21
 _FOLD_LIMIT = 1 << 24  # elements of one folded result: beyond that the file is a bomb or folding saves nothing
@@ -175,9 +175,15 @@ def _infer_shapes(model: ir.Model) -> bool:
                 for output in node.outputs:
                     output.shape = None
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+    # onnx infers nothing for GroupNormalization; LayerNormalization, too, gives back its input's shape
+    grouped = [n for n in model.graph.all_nodes() if op(n) == "GroupNormalization"]
+    for node in grouped:
+        node.op_type = "LayerNormalization"
     ok = common.ShapeInferencePass(strict_mode=True)(model).modified
     if not ok:
         common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
+    for node in grouped:
+        node.op_type = "GroupNormalization"
     return ok and all(
         all(not isinstance(d, int) or d >= 0 for d in o.shape)
         for n in model.graph
@@ -229,6 +235,8 @@ def _lift(model: ir.Model) -> None:
             node.version = None
             if node.domain == "" and (since := _LIFTS.get(node.op_type)) is not None and version < since[0]:
                 since[1](node, version)
+            if node.op_type in ("RNN", "GRU", "LSTM") and attribute(node, "layout", 0):
+                _time_major(node)
         graph.opset_imports[""] = max(version, TARGET_OPSET)
     model.opset_imports[""] = max(version, TARGET_OPSET)
     model.ir_version = max(model.ir_version or 0, 10)
@@ -402,6 +410,28 @@ _LIFTS: dict[str, tuple[int, Callable[[ir.Node, int], None]]] = {
     "Scatter": (11, _renamed("ScatterElements")),
     "GroupNormalization": (21, _group_normalization),
 }  # fmt: skip
+
+
+def _time_major(node: ir.Node) -> None:
+    """A recurrent layer whose inputs and outputs have the batch first (layout 1): transposed around layout 0."""
+    assert node.graph is not None
+    del node.attributes["layout"]
+    for k in (0, 5, 6):
+        value = node.inputs[k] if k < len(node.inputs) else None
+        if value is not None:
+            move = ir.node("Transpose", [value], {"perm": [1, 0, 2]}, name=f"{node.name}.time_major.{k}")
+            move.outputs[0].dtype = value.dtype
+            node.graph.insert_before(node, move)
+            node.replace_input_with(k, move.outputs[0])
+    for out in node.outputs:
+        if out.name:
+            perm = [2, 0, 1, 3] if out.index() == 0 else [1, 0, 2]
+            move = ir.node("Transpose", [out], {"perm": perm}, name=f"{node.name}.batch_major.{out.index()}")
+            move.outputs[0].dtype, move.outputs[0].shape, out.shape = out.dtype, out.shape, None
+            ir.convenience.replace_all_uses_with(out, move.outputs[0], replace_graph_outputs=True)
+            move.replace_input_with(0, out)
+            node.graph.insert_after(node, move)
+            move.outputs[0].name, out.name = out.name, f"{out.name}.time_major"
 
 
 def _resolve_auto_pad(node: ir.Node) -> None:

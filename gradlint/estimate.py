@@ -78,7 +78,7 @@ def estimate(
     """
     ctx = context(graph, batch=batch, mode=mode)
     varies = frozenset(v for n in graph for v in n.outputs if ctx.varies(v)) | frozenset(graph.inputs)
-    moments: dict[ir.Value, Moments] = {}
+    moments = ctx.moments
     for value in graph.inputs:
         given = (inputs or {}).get(str(value.name))
         rank = len(value.shape) if value.shape is not None else 0

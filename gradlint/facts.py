@@ -28,12 +28,14 @@ from gradlint.graph import (
     source,
     weight_uses,
 )
-from gradlint.ops.activation import FUNCTIONS, saturated_share
+from gradlint.ops.activation import active_share, saturated_share
 from gradlint.options import Options
 from gradlint.probe import Probe, Request, Skipped, activation_figures
 from gradlint.results import Blame, Evidence, LayerRow, WeightRow
+from gradlint.transfer import ELEMENTWISE, spectrum
 from gradlint.trunk import blame, crossing, depths
 
+_ALIVE = 0.01  # a unit that is active less often is taken for dead
 EXPORT_LINE = "torch.onnx.export(model.train(), args, 'model.onnx', dynamo=True, optimize=False)"
 
 
@@ -68,7 +70,7 @@ def request(parts: Anatomy, estimate: Estimate) -> Request:
     ]
     weights = list(dict.fromkeys(str(u.value.name) for u in parts.uses))
     units = {str(n.name): _unit_axis(n.outputs[0], estimate) for n in parts.activations}
-    return Request(values, weights, [str(n.name) for n in parts.activations if op(n) in FUNCTIONS], units)
+    return Request(values, weights, [str(n.name) for n in parts.activations if op(n) in ELEMENTWISE], units)
 
 
 def _unit_axis(value: ir.Value, estimate: Estimate) -> int:
@@ -293,17 +295,16 @@ def _layer_figures(
 
 def _estimated_slopes(node: ir.Node, estimate: Estimate) -> dict[str, Any]:
     z = estimate.moments.get(node.inputs[0]) if node.inputs[0] is not None else None
-    if z is None or op(node) not in FUNCTIONS:
-        return {}
-    shares = saturated_share(node, z)
-    if shares is None:
+    if z is None or op(node) not in ELEMENTWISE:
         return {}
     spread = math.sqrt(max(0.0, float(np.mean(z.second)) - float(np.mean(z.mean)) ** 2))
+    active = active_share(op(node), node, z)
+    slope = spectrum(ELEMENTWISE[op(node)].functions(node)[1], z.mean, z.var, kinked=True).second
     return {
-        "slope": math.sqrt(float(np.mean(shares.square))),
-        "saturated": float(np.mean(shares.saturated)),
-        "flat": float(np.mean(shares.flat)),
-        "dead": float(np.mean(shares.flat > 0.99)),
+        "slope": math.sqrt(float(np.mean(slope))),
+        "saturated": float(np.mean(saturated_share(op(node), node, z))),
+        "flat": float(np.mean(1 - active)),
+        "dead": float(np.mean(active < _ALIVE)),
         "input_std": spread,
         "input_high": float(np.mean(z.mean)) + 4 * spread,
     }

@@ -83,7 +83,7 @@ def judge(
     names of layers and weights they don't judge. Raises UsageError for a selector that fits no rule.
     """
     known = _with_model_facts(subjects)
-    _check_selectors(rulebook, [selector for some in layer_ignores.values() for selector in some])
+    check_selectors(rulebook, [selector for some in layer_ignores.values() for selector in some])
     tallies: dict[str, Tally] = {}
     placed: list[_Placed] = []
     for rule in chosen(rulebook, preview=preview, select=select, ignore=ignore, extend_select=extend_select):
@@ -129,7 +129,7 @@ def chosen(
     extend_select: Sequence[str] = (),
 ) -> list[Rule]:
     """The rules that `judge` runs with these settings. Raises UsageError for a selector that fits no rule."""
-    _check_selectors(rulebook, (*(select or ()), *ignore, *extend_select))
+    check_selectors(rulebook, (*(select or ()), *ignore, *extend_select))
     wanted = (*(select or ()), *extend_select)
     running = []
     for rule in rulebook.rules:
@@ -140,7 +140,8 @@ def chosen(
     return running
 
 
-def _check_selectors(rulebook: Rulebook, selectors: Iterable[str]) -> None:
+def check_selectors(rulebook: Rulebook, selectors: Iterable[str]) -> None:
+    """Raises UsageError for a selector that fits no rule."""
     for selector in selectors:
         if not any(_matches(selector, rule) for rule in rulebook.rules):
             words = [word for rule in rulebook.rules for word in (rule.name, rule.code)]

@@ -22,16 +22,15 @@ from gradlint.data import Arrays, Data, labels, linear_targets
 from gradlint.reverse import Cut, backward
 from gradlint.exceptions import DataError
 from gradlint.graph import FLOATS, dims, is_float, op
-from gradlint.ops.activation import FUNCTIONS
-from gradlint.ops.normalization import to_train_mode
+from gradlint.ops.activation import FLAT
+from gradlint.ops.batch_normalization import to_train_mode
 from gradlint.options import Loss
-from gradlint.transfer import VJP
+from gradlint.transfer import ELEMENTWISE, VJP, derivative
 
 SCALE = "gradlint.scale"
 _SCALES = (0, 60, 100, -60)  # powers of two the cotangent is tried with
 _SAFE = (1e-24, 1e30)  # sums of squares that float32 holds with full precision
-_SATURATED = 0.05  # share of the largest slope under which a unit counts as saturated
-_FLAT = 1e-7
+_ZERO = 1e-7  # a slope under this is as good as none
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def probe(
             _tap_weight(taps, name, g, whole=chunks > 1)
     for name in request.activations:
         node = next((n for n in graph if n.name == name), None)
-        if node is not None and op(node) in FUNCTIONS and is_float(node.inputs[0]):
+        if node is not None and op(node) in ELEMENTWISE and is_float(node.inputs[0]):
             _tap_activation(taps, name, node, request.units.get(name, 1))
     for (node, kind), value in b.byproducts.items():
         if kind == "hidden":
@@ -317,8 +316,8 @@ def _tap_activation(taps: _Taps, name: str, node: ir.Node, unit_axis: int) -> No
     if slopes is None:
         return
     taps.add("slope", name, b.op("ReduceMean", b.op("Mul", slopes, slopes), axes, keepdims=0))
-    steepest = FUNCTIONS[op(node)](node)[2]
-    for kind, threshold in (("saturated", _SATURATED * steepest), ("flat", _FLAT)):
+    steepest = derivative(op(node), node)[2]
+    for kind, threshold in (("saturated", FLAT * (steepest or 0.0)), ("flat", _ZERO)):
         low = b.op("Less", b.op("Abs", slopes), b.scalar(threshold, z), dtype=ir.DataType.BOOL)
         taps.add(kind, name, b.op("ReduceMean", b.op("Cast", low, dtype=ir.DataType.FLOAT, to=1), axes, keepdims=0))
 
@@ -435,7 +434,7 @@ def _run_once(session: Any, feeds: Arrays, chunks: int, power: int) -> list[np.n
     for k in range(chunks):
         feed = {n: _part(a, k, shapes[n]) for n, a in feeds.items() if n in shapes}
         if SCALE in shapes:
-            feed[SCALE] = np.float32(2.0**power)
+            feed[SCALE] = np.asarray(2.0**power, np.float32)
         results = [np.asarray(r, np.float64) for r in session.run(None, feed)]
         total = [a + r for a, r in zip(total, results, strict=True)] if total else results
     return total

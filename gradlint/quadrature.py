@@ -110,14 +110,14 @@ def _line(slope: Level, offset: Level, z: Array) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """E[h(z)], E[h(z)^2] and the squared Hermite coefficients of h for z ~ N(mean, var): coefficients[k] for order k."""
+    """E[h(z)], E[h(z)^2], and for z ~ N(mean, var) the squared Hermite coefficients of h, by order."""
 
     mean: Array
     second: Array
     coefficients: Array
 
     def correlated(self, rho: Array) -> Array:
-        """E[h(z1) h(z2)] where z1, z2 have correlation rho (Mehler): sum of c_k^2 rho^k, the tail taken at the last order."""
+        """E[h(z1) h(z2)] for z1, z2 with correlation rho (Mehler): sum of c_k^2 rho^k, the tail at the last order."""
         total = self.coefficients[-1] * 0.0
         for c in self.coefficients[::-1]:
             total = total * rho + c
@@ -169,7 +169,7 @@ _CORE = np.sinh(np.linspace(-5.0, 5.0, 121))
 
 
 def _nodes(mean: Array, std: Array, kinked: bool, kinks: Sequence[float]) -> tuple[Array, Array]:
-    """Nodes u and weights: Gauss-Hermite, or the middles of cells with edges even in u, dense around z = 0, and at kinks."""
+    """Nodes u and weights: Gauss-Hermite, or middles of cells: even ones in u, dense ones around z = 0, cut at kinks."""
     widest = float(std.max(initial=0.0))
     if not kinked:
         for limit, count in _GAUSS:

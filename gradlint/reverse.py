@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 import gradlint.ops  # noqa: F401  (fills the tables)
-from gradlint.backward import Backward
+from gradlint.backward import Backward, Unsupported
 from gradlint.canonical import canonicalize
 from gradlint.exceptions import UsageError
 from gradlint.graph import is_float, op, trainable
@@ -59,17 +59,26 @@ def backward(
             tainted.update(inputs)
         if all(g is None for g in gs):
             continue
-        rule = VJP.get(op(node))
-        if rule is None:
+        back = _pulled(b, node, gs)
+        if back is None:
             tainted.update(v for v in inputs if is_float(v))
             cuts.append(Cut(str(node.name), op(node)))
             continue
-        for value, g in zip(node.inputs, rule(b, node, gs), strict=False):
+        for value, g in zip(node.inputs, back, strict=False):
             if g is not None and value is not None and b.wanted(value):
                 grads.setdefault(value, []).append(g)
     found = {v: g for v in wanted if v not in tainted and (g := _total(b, grads, v)) is not None}
     b.emit(graph)
     return b, found, tuple(reversed(cuts))
+
+
+def _pulled(b: Backward, node: ir.Node, gs: Sequence[ir.Value | None]) -> Sequence[ir.Value | None] | None:
+    """The gradients of a node's inputs; None where its operator, or this use of it, has no derivative here."""
+    rule = VJP.get(op(node))
+    try:
+        return None if rule is None else rule(b, node, gs)
+    except Unsupported:
+        return None
 
 
 def _reachable(order: Sequence[ir.Node], wanted: Sequence[ir.Value]) -> set[ir.Value]:
@@ -100,8 +109,7 @@ def _total(b: Backward, grads: dict[ir.Value, list[ir.Value]], value: ir.Value) 
     terms = grads.get(value)
     if not terms:
         return None
-    while len(terms) > 1:
-        terms[:2] = [b.op("Add", terms[0], terms[1])]
+    terms[:] = [b.total(terms, value)]
     return terms[0]
 
 

@@ -138,6 +138,7 @@ def configure(rulebook: Rulebook, settings: Mapping[str, Mapping[str, Any]]) -> 
     changed: dict[str, Rule] = {}
     for name, setting in settings.items():
         rule = rulebook.find(name)
+        rule = changed.get(rule.name, rule)
         where = f"settings of {rule.name}"
         for key in setting:
             if key not in ("level", "limits"):
@@ -150,6 +151,14 @@ def configure(rulebook: Rulebook, settings: Mapping[str, Mapping[str, Any]]) -> 
                 raise UsageError(f"{where}: no limit {limit!r}{near(limit, rule.limits)}")
         changed[rule.name] = replace(rule, limits={**rule.limits, **limits})
     return Rulebook(tuple(changed.get(rule.name, rule) for rule in rulebook.rules))
+
+
+def configured_rules(
+    extra_dirs: Sequence[Path], levels: Mapping[str, str], limits: Mapping[str, Mapping[str, float]]
+) -> Rulebook:
+    """`load_rules` with `levels` and `limits` by rule, as `configure` takes them."""
+    rulebook = configure(load_rules(extra_dirs), {name: {"level": level} for name, level in levels.items()})
+    return configure(rulebook, {name: {"limits": table} for name, table in limits.items()})
 
 
 def explain(rule: Rule, width: int = 80) -> str:

@@ -19,11 +19,12 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from gradlint.canonical import Dims, canonicalize
-from gradlint.reverse import differentiate
 from gradlint.domain import Array, Moments, Range
 from gradlint.estimate import Estimate, estimate, prove
 from gradlint.load import from_proto
 from gradlint.quadrature import erf
+from gradlint.reference import CORRECTED
+from gradlint.reverse import differentiate
 
 Arrays = dict[str, np.ndarray]
 _NOWHERE = Path(".")  # these models have no external data
@@ -59,26 +60,27 @@ def check_op(
     domain: str = "",
     seed: int = 0,
     draws: int = 200,
+    mode: str = "train",
     **attributes: Any,
 ) -> None:
     """Check every row of one operator on one case; raises AssertionError where a row is wrong.
 
     inputs: `Activation` for what varies (axis 0: examples), arrays for weights and settings, None for an omitted input.
     moments, pullback: the relative error allowed against Monte Carlo, per unit (None: the operator has no such row).
-    wrt: indices of the inputs to differentiate (default: all floats).
+    wrt: indices of the inputs to differentiate (default: all floats); mode: as `estimate` takes it.
     """
     single = _model(op, inputs, outputs, opset, domain, attributes, np.float32)
     rng = np.random.default_rng(seed)
     if wrt is None:
         wrt = tuple(
-            k for k, v in enumerate(inputs) if isinstance(v, Activation) or v is not None and v.dtype.kind == "f"
+            k for k, v in enumerate(inputs) if isinstance(v, Activation) or (v is not None and v.dtype.kind == "f")
         )
     names = [f"x{k}" for k in wrt]
     if vjp and names:
         double = single if domain else _model(op, inputs, outputs, opset, domain, attributes, np.float64)
         _check_vjp(double, single, inputs, names, rng)
     if moments is not None or pullback is not None:
-        _check_moments(single, inputs, names if vjp else [], moments, pullback, draws, rng)
+        _check_moments(single, inputs, names if vjp else [], moments, pullback, draws, mode, rng)
     if proof:
         _check_proof(single, inputs, names if vjp else [], rng)
 
@@ -114,8 +116,10 @@ def _model(
     imports = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(domain, 1)] if domain else [])
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     if not domain:
-        return onnx.shape_inference.infer_shapes(model, strict_mode=True)
-    for y in graph.output:
+        model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    for y in model.graph.output:
+        if y.type.tensor_type.elem_type:  # inferred
+            continue
         y.type.tensor_type.elem_type = kind
         shape = next(v.shape for v in inputs if isinstance(v, Activation))
         y.type.tensor_type.shape.CopyFrom(helper.make_tensor_value_info("", kind, shape).type.tensor_type.shape)
@@ -155,11 +159,26 @@ class Erf(OpRun):
         return (erf(x.astype(np.float64)).astype(x.dtype),)
 
 
+class Gelu(OpRun):
+    """z Phi(z), or its approximation by tanh, in the type of its input."""
+
+    op_domain = ""
+
+    def _run(self, z: np.ndarray, approximate: str | None = None) -> tuple[np.ndarray]:
+        tanh = np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
+        gate = tanh if approximate == "tanh" else erf(z.astype(np.float64) * np.sqrt(0.5))
+        return ((0.5 * z * (1 + gate)).astype(z.dtype),)
+
+
 def _run(model: onnx.ModelProto, feed: Arrays) -> Arrays:
     """Float64 in ONNX's reference; operators it does not know (com.microsoft) in onnxruntime."""
     foreign = any(o.domain not in ("", "ai.onnx") for o in model.opset_import)
     names = [o.name for o in model.graph.output]
-    results = session(model).run(names, feed) if foreign else ReferenceEvaluator(model, new_ops=[Erf]).run(names, feed)
+    results = (
+        session(model).run(names, feed)
+        if foreign
+        else ReferenceEvaluator(model, new_ops=[Erf, Gelu, *CORRECTED]).run(names, feed)
+    )
     return dict(zip(names, results, strict=True))
 
 
@@ -223,7 +242,7 @@ def _slope(
     return (losses[0] - losses[1]) / (2 * step)
 
 
-def _estimated(model: onnx.ModelProto, inputs: tuple[Input, ...]) -> tuple[Any, Estimate]:
+def _estimated(model: onnx.ModelProto, inputs: tuple[Input, ...], mode: str) -> tuple[Any, Estimate]:
     loaded = from_proto(_copy(model), "model", _NOWHERE)
     canonicalize(loaded, Dims())
     given = {
@@ -232,7 +251,7 @@ def _estimated(model: onnx.ModelProto, inputs: tuple[Input, ...]) -> tuple[Any, 
         if isinstance(v, Activation)
     }
     batch = next((v.shape[0] for v in inputs if isinstance(v, Activation)), 1)
-    return loaded.graph, estimate(loaded.graph, batch=batch, mode="train", inputs=given)
+    return loaded.graph, estimate(loaded.graph, batch=batch, mode=mode, inputs=given)
 
 
 def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -248,9 +267,10 @@ def _check_moments(
     moments: float | None,
     pullback: float | None,
     draws: int,
+    mode: str,
     rng: np.random.Generator,
 ) -> None:
-    graph, found = _estimated(model, inputs)
+    graph, found = _estimated(model, inputs, mode)
     assert not found.unmodelled, f"no moments row, or it gave up: {[n.op_type for n in found.unmodelled]}"
     runner = session(differentiate(_copy(model), wrt=names)) if names else session(model)
     outputs = [o.name for o in runner.get_outputs()]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,17 @@ from gradlint.quadrature import Function, Piecewise, spectrum
 
 @dataclass(frozen=True)
 class Context:
-    """What a row may ask: the examples per batch, the mode, constants, and whether a value depends on the model's inputs."""
+    """What a row may ask: the examples per batch, the mode, constants, and whether a value depends on the model's inputs.
+
+    moments: what the forward sweep has found so far; corrections: kept by `composition` for nodes already looked at.
+    """
 
     batch: int
     mode: str
     array: Callable[[ir.Value | None], np.ndarray | None]
     varies: Callable[[ir.Value | None], bool]
+    moments: dict[ir.Value, Moments] = field(default_factory=dict)
+    corrections: dict[ir.Node, Array | None] = field(default_factory=dict)
 
 
 MomentsRow = Callable[[Context, ir.Node, Sequence[Moments | None]], Sequence[Moments | None]]
@@ -103,7 +108,7 @@ Pair = tuple[Function, Function]
 class Elementwise:
     """What is known about a function of one input.
 
-    functions(node) -> (f, f'); kinked: f or f' jumps; critical(node): where f' is 0 or jumps, and where |f'| has maxima;
+    functions(node) -> (f, f'); kinked: f or f' jumps; critical(node): where f' is 0 or jumps and where |f'| has maxima;
     slope(node, lo, hi): an upper bound of |f'| over an interval, where that of its ends and critical points isn't one;
     positive: defined for z > 0 only, so z is taken as log-normal instead of normal.
     """
@@ -166,10 +171,11 @@ def extremes(rule: Elementwise, node: ir.Node, h: Function, lo: Array, hi: Array
     """Smallest and largest value of f or f' over [lo, hi], from its ends and critical points."""
     lo, hi = np.asarray(lo, float), np.asarray(hi, float)
     if isinstance(h, Piecewise):
-        ends = [
-            (np.where(ok, np.fmin(a, b), np.inf), np.where(ok, np.fmax(a, b), -np.inf)) for a, b, ok in h.over(lo, hi)
-        ]
-        return np.min([low for low, _ in ends], axis=0), np.max([high for _, high in ends], axis=0)
+        low, high = np.array(np.inf), np.array(-np.inf)
+        for a, b, there in h.over(lo, hi):
+            low = np.minimum(low, np.where(there, np.fmin(a, b), np.inf))
+            high = np.maximum(high, np.where(there, np.fmax(a, b), -np.inf))
+        return low, high
     points = np.stack([lo, hi, *(np.clip(c, lo, hi) for c in rule.critical(node))])
     values = np.stack([h(p) for p in points])
     return values.min(axis=0), values.max(axis=0)
@@ -193,13 +199,17 @@ def elementwise(
     critical: Callable[[ir.Node], Sequence[float]] = lambda node: (),
     slope: Callable[[ir.Node, Array, Array], Array | None] | None = None,
     positive: bool = False,
+    others: Callable[[Context, ir.Node, Moments, Gradient], Sequence[Gradient | None]] | None = None,
+    exact: Callable[[ir.Node], Pair] | None = None,
 ) -> None:
-    """All five rows of a function of one input (parameters as in `Elementwise`).
+    """All five rows of a function of one input (parameters as in `Elementwise`; others: gradients of further inputs).
 
-    Moments and pullback by quadrature, in closed form where `functions` gives a `Piecewise`. The range is that of f at the
-    ends of the interval and at its critical points inside it; between them f is monotone.
+    exact: (f, f') for range and bound, where `functions` averages over positions.
+    Moments and pullback by quadrature, in closed form where `functions` gives a `Piecewise`. The range is that of f at
+    the ends of the interval and at its critical points inside it; between them f is monotone.
     """
     rule = ELEMENTWISE[op] = Elementwise(functions, kinked, critical, slope, positive)
+    sharp = rule if exact is None else replace(rule, functions=exact)
 
     def moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
         return (None if xs[0] is None else _apply(rule, node, xs[0], functions(node)[0]),)
@@ -214,13 +224,14 @@ def elementwise(
         none: tuple[Gradient | None, ...] = (None,) * (len(node.inputs) - 1)
         if xs[0] is None or gs[0] is None:
             return (gs[0], *none)
-        return (pull(rule, node, xs[0], gs[0]), *none)
+        rest = none if others is None else others(ctx, node, xs[0], gs[0])
+        return (pull(rule, node, xs[0], gs[0]), *rest)
 
     def range_(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
         if xs[0] is None:
             return (None,)
         with np.errstate(all="ignore"):
-            lo, hi = extremes(rule, node, functions(node)[0], *np.broadcast_arrays(xs[0].lo, xs[0].hi))
+            lo, hi = extremes(sharp, node, sharp.functions(node)[0], *np.broadcast_arrays(xs[0].lo, xs[0].hi))
         return (None if np.isnan(lo).any() or np.isnan(hi).any() else Range(lo, hi),)
 
     def bound(
@@ -228,7 +239,7 @@ def elementwise(
     ) -> Sequence[float | None]:
         none: tuple[float | None, ...] = (None,) * (len(node.inputs) - 1)
         lo, hi = (np.array(-np.inf), np.array(np.inf)) if xs[0] is None else np.broadcast_arrays(xs[0].lo, xs[0].hi)
-        return (_finite_max(steepest(rule, node, lo, hi)), *none)
+        return (_finite_max(steepest(sharp, node, lo, hi)), *none)
 
     row(op, moments=moments, range=range_, pullback=pullback, bound=bound, vjp=vjp)
 

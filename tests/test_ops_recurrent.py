@@ -14,8 +14,11 @@ from onnx import TensorProto, helper
 
 from gradlint.canonical import Dims, canonicalize
 from gradlint.differentiate import backward, differentiate
+from gradlint.domain import Gradient, Moments
+from gradlint.estimate import context
 from gradlint.load import from_proto
-from gradlint.testing import session
+from gradlint.ops.recurrent import contraction, time_profile
+from gradlint.testing import Activation, check_op, session
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 DEFAULT = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
@@ -233,6 +236,28 @@ def test_activations_of_gates_and_cell() -> None:
     check("GRU", "B h0", activations=["Sigmoid", "Softsign"])
 
 
+@pytest.mark.parametrize("op", ["RNN", "GRU", "LSTM"])
+def test_batch_first(op: str) -> None:
+    """Layout 1 gives the transposed gradients of layout 0."""
+    arrays = case(op, "B h0", {}, steps=4)
+    rng = np.random.default_rng(0)
+    ty, th = (rng.standard_normal(s).astype(np.float32) for s in ((4, 1, 3, 5), (1, 3, 5)))
+    names = list(arrays)
+    results = []
+    for layout in (0, 1):
+        turned = {"X", "h0"} if layout else set()
+        given = {k: np.swapaxes(v, 0, 1).copy() if k in turned else v for k, v in arrays.items()}
+        cotangents = {
+            "Y.cotangent": ty.transpose(2, 0, 1, 3).copy() if layout else ty,
+            "Y_h.cotangent": th.transpose(1, 0, 2).copy() if layout else th,
+        }
+        proto = model(op, given, {"layout": layout}, outputs="Y Y_h", symbolic=False)
+        grads = session(differentiate(proto, wrt=names)).run([f"{n}.grad" for n in names], given | cotangents)
+        results.append([np.swapaxes(g, 0, 1) if n in turned else g for n, g in zip(names, grads, strict=True)])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_gradient_of_every_hidden_state_is_a_byproduct() -> None:
     """The total one: what comes from Y and from later steps. At the last step it is the cotangent itself."""
     for op, direction, last in (("LSTM", "forward", -1), ("GRU", "reverse", 0), ("RNN", "forward", -1)):
@@ -251,5 +276,98 @@ def test_gradient_of_every_hidden_state_is_a_byproduct() -> None:
         t = np.random.default_rng(0).standard_normal((4, 1, 3, 5)).astype(np.float32)
         got = session(ir.to_proto(loaded)).run([hidden.name], arrays | {"t": t})[0]
         assert got.shape == t.shape
-        np.testing.assert_allclose(got[last], t[last], rtol=1e-5)
-        assert np.abs(got - t).max() > 0.1
+        np.testing.assert_allclose(got[-1], t[last], rtol=1e-5)
+
+
+# -- estimates ---------------------------------------------------------------------------------------------------------
+
+
+def uniform(hidden: int, *shape: int) -> np.ndarray:
+    """The default initialisation of every framework: uniform within 1 / sqrt(hidden)."""
+    return (np.random.default_rng(0).uniform(-1, 1, shape) / np.sqrt(hidden)).astype(np.float32)
+
+
+def check_estimate(op: str, steps: int, size: int, hidden: int, *, outputs: int = 1, **attributes: Any) -> None:
+    """As many examples as steps: `check_op` takes axis 0 for the examples."""
+    width, n = 2 if attributes.get("direction") == "bidirectional" else 1, GATES[op] * hidden
+    weights = [uniform(hidden, width, n, size), uniform(hidden, width, n, hidden), uniform(hidden, width, 2 * n)]
+    x = Activation((steps, steps, size))
+    check_op(op, x, *weights, outputs=outputs, hidden_size=hidden, draws=30, **attributes)
+
+
+@pytest.mark.parametrize("op", ["RNN", "GRU", "LSTM"])
+def test_estimates(op: str) -> None:
+    check_estimate(op, 8, 6, 10)
+    check_estimate(op, 8, 6, 10, direction="bidirectional", outputs=2)
+    check_estimate(op, 30, 12, 16, direction="reverse")
+
+
+def test_estimates_of_a_gru_that_resets_after_the_product() -> None:
+    check_estimate("GRU", 8, 6, 10, linear_before_reset=1)
+
+
+def test_estimates_with_initial_states_and_peepholes() -> None:
+    given = [uniform(10, 1, 40, 6), uniform(10, 1, 40, 10), uniform(10, 1, 80)]
+    states = [Activation((1, 8, 10), mean=0.2, std=0.5), Activation((1, 8, 10))]
+    x = Activation((8, 8, 6), mean=0.3)
+    check_op("LSTM", x, *given, None, *states, uniform(10, 1, 30), hidden_size=10, draws=400, outputs=3)
+
+
+@pytest.mark.parametrize("name", ALPHA_BETA)
+def test_estimates_of_other_activations(name: str) -> None:
+    alpha, beta = map(float, ALPHA_BETA[name])
+    weights = [uniform(6, 1, 6, 5), uniform(6, 1, 6, 6), uniform(6, 1, 12)]
+    chosen = {"activations": [name], "activation_alpha": [alpha], "activation_beta": [beta], "clip": 0.8}
+    x = Activation((8, 8, 5))
+    check_op("RNN", x, *weights, vjp=False, pullback=None, hidden_size=6, draws=100, **chosen)
+
+
+@pytest.mark.parametrize(("op", "decades"), [("RNN", 10), ("GRU", 4), ("LSTM", 4)])
+def test_time_profile_is_the_gradient_of_every_hidden_state(op: str, decades: int) -> None:
+    """From the last state only the gradient decays through 40 steps by decades; the profile follows it."""
+    steps, batch, size, hidden = 40, 32, 4, 12
+    n = GATES[op] * hidden
+    weights = {
+        "W": uniform(hidden, 1, n, size), "R": uniform(hidden, 1, n, hidden), "B": uniform(hidden, 1, 2 * n)
+    }  # fmt: skip
+    rng = np.random.default_rng(1)
+    x, t = (rng.standard_normal(s).astype(np.float32) for s in ((steps, batch, size), (1, batch, hidden)))
+    loaded = from_proto(model(op, weights | {"X": x}, {}, outputs="Y_h", symbolic=False), "model", Path("."))
+    for name, array in weights.items():
+        loaded.graph.inputs.remove(next(v for v in loaded.graph.inputs if v.name == name))
+        value = ir.Value(
+            name=name, const_value=ir.tensor(array), shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT)
+        )
+        for node in loaded.graph:
+            for k, v in enumerate(node.inputs):
+                if v is not None and v.name == name:
+                    node.replace_input_with(k, value)
+        loaded.graph.register_initializer(value)
+    canonicalize(loaded, Dims())
+    graph = loaded.graph
+    node = graph.node(0)
+    ctx = context(graph, batch=batch, mode="train")
+    one = np.ones((1, 1, 1))
+    gs = [None if i == 0 else Gradient(0 * one, one) for i in range(2)]
+    profile = time_profile(ctx, node, [Moments.normal(3), *[None] * 3], gs)
+    assert profile is not None
+    seed = ir.Value(name="t", shape=graph.outputs[0].shape, type=graph.outputs[0].type)
+    graph.inputs.append(seed)
+    b, _, _ = backward(graph, {graph.outputs[0]: seed}, [v for v in graph.initializers.values() if v.name == "W"])
+    graph.outputs.append(b.byproducts[node, "hidden"])
+    got = session(ir.to_proto(loaded)).run([graph.outputs[1].name], {"X": x, "t": t})[0].astype(np.float64)
+    measured = np.sqrt(np.mean(got**2, axis=(1, 2, 3)))
+    assert np.log10(measured[-1] / measured[0]) > decades
+    np.testing.assert_allclose(np.log10(profile), np.log10(measured), atol=0.2)
+
+
+def test_contraction_bounds_the_step_of_a_plain_rnn() -> None:
+    r = np.stack([np.diag([0.5, -0.9]), np.diag([0.3, 1.2])])
+
+    def node(op: str, **attributes: Any) -> ir.Node:
+        inputs = [ir.Value(name=n) for n in "xwr"]
+        return ir.node(op, inputs, {"direction": "bidirectional", **attributes})
+
+    assert contraction(node("RNN"), r) == pytest.approx(1.2)
+    assert contraction(node("RNN", activations=["Sigmoid", "Sigmoid"]), r) == pytest.approx(0.3)
+    assert contraction(node("LSTM"), np.stack([r[0]] * 2)) is None

@@ -39,7 +39,7 @@ def test_without_axes_nothing_is_reduced(op: str) -> None:
 @pytest.mark.parametrize("op", ["ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"])
 @pytest.mark.parametrize(("over", "attributes"), LAYOUTS)
 def test_norms(op: str, over: np.ndarray | None, attributes: Mapping[str, int]) -> None:
-    check_op(op, Activation((8, 6, 4, 5), mean=0.5), over, **attributes)
+    check_op(op, Activation((8, 6, 4, 5), mean=0.5), over, pullback=0.15 if op.endswith("Exp") else 0.1, **attributes)
 
 
 @pytest.mark.parametrize(("over", "attributes"), LAYOUTS)
@@ -56,6 +56,17 @@ def test_product(over: np.ndarray, attributes: Mapping[str, int]) -> None:
 @pytest.mark.parametrize("reverse", [0, 1])
 @pytest.mark.parametrize("axis", [1, -1])
 def test_running_sum(exclusive: int, reverse: int, axis: int) -> None:
-    check_op(
-        "CumSum", Activation((8, 6, 5), mean=0.3), np.array(axis, np.int64), exclusive=exclusive, reverse=reverse
-    )
+    check_op("CumSum", Activation((8, 6, 5), mean=0.3), np.array(axis, np.int64), exclusive=exclusive, reverse=reverse)
+
+
+@pytest.mark.parametrize("op", ["ReduceMax", "ReduceMin"])
+@pytest.mark.parametrize(("over", "attributes"), LAYOUTS)
+def test_extremes(op: str, over: np.ndarray | None, attributes: Mapping[str, int]) -> None:
+    check_op(op, Activation((8, 6, 4, 5), mean=0.3), over, **attributes)
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+@pytest.mark.parametrize(("axis", "k"), [(-1, 3), (1, 1), (2, 4)])
+def test_top_k(largest: int, axis: int, k: int) -> None:
+    x = Activation((8, 6, 4, 5), mean=0.3)
+    check_op("TopK", x, np.array([k], np.int64), outputs=2, axis=axis, largest=largest)

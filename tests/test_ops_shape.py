@@ -27,7 +27,7 @@ def test_identity_and_dropout() -> None:
 
 
 def test_cast_between_floats() -> None:
-    check_op("Cast", Activation((8, 6)), to=onnx.TensorProto.FLOAT)
+    check_op("Cast", Activation((8, 6)), to=onnx.TensorProto.FLOAT, vjp=False)
     check_op("CastLike", Activation((8, 6)), normal(1), wrt=(0,))
 
 
@@ -128,6 +128,49 @@ def test_slice_of_leading_axes() -> None:
     check_op("Slice", Activation((8, 5, 7), mean=0.5), ints(0, 1), ints(8, 3))
 
 
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
+@pytest.mark.parametrize("pads", [(0, 2, 1, 0, 0, 3), (0, 0, 1, 0, 4, 0)])
+def test_pad(mode: str, pads: tuple[int, ...]) -> None:
+    check_op("Pad", Activation((8, 5, 6), mean=0.5), ints(*pads), mode=mode)
+
+
+def test_pad_with_a_value_on_chosen_axes() -> None:
+    check_op("Pad", Activation((8, 5, 6), mean=0.5), ints(2, 1), np.float32(1.5).reshape(()), ints(-1), wrt=(0,))
+
+
+def test_pad_by_a_value_that_is_differentiated() -> None:
+    value = np.array(1.5, np.float32)
+    check_op("Pad", Activation((8, 5, 6)), ints(2, 1), value, ints(-1), pullback=None)
+
+
+@pytest.mark.parametrize("axes", [[1, 2], [-1], None])
+def test_center_crop_pad(axes: list[int] | None) -> None:
+    target = {2: (8, 2), 1: (3,)}.get(len(axes) if axes else 0, (8, 8, 3))
+    check_op(
+        "CenterCropPad", Activation((8, 5, 6), mean=0.5), ints(*target), **({} if axes is None else {"axes": axes})
+    )
+
+
+@pytest.mark.parametrize("upper", [0, 1])
+def test_trilu(upper: int) -> None:
+    check_op("Trilu", Activation((8, 5, 6), mean=0.5), upper=upper)
+    check_op("Trilu", Activation((8, 5, 6), mean=0.5), np.array(-1, np.int64), upper=upper)
+
+
+def test_reverse_sequence() -> None:
+    check_op(
+        "ReverseSequence", Activation((8, 5, 2), mean=0.5), ints(5, 1, 3, 2, 5, 4, 2, 1), batch_axis=0, time_axis=1
+    )
+
+
+@pytest.mark.parametrize("attributes", [{}, {"strides": [2, 2]}, {"pads": [1, 1, 1, 1], "dilations": [1, 2]}])
+def test_col2im(attributes: dict[str, list[int]]) -> None:
+    size = {"strides": 9, "pads": 42}.get(next(iter(attributes), ""), 25)
+    check_op(
+        "Col2Im", Activation((4, 8, size), mean=0.2), ints(6, 6), ints(2, 2), moments=0.2, pullback=0.2, **attributes
+    )
+
+
 # -- symbolic sizes ----------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +192,7 @@ def gradients(text: str, sizes: tuple[int, ...], seed: int = 0) -> tuple[np.ndar
 @pytest.mark.parametrize(
     "body",
     [
+        "h = Cast<to=11>(x) y = Cast<to=1>(h)",
         "shape = Constant<value_ints=[0, -1]>() y = Reshape(x, shape)",
         "y = Flatten<axis=2>(x)",
         "a = Constant<value_ints=[1]>() u = Unsqueeze(x, a) y = Squeeze(u, a)",
@@ -168,6 +212,7 @@ def gradients(text: str, sizes: tuple[int, ...], seed: int = 0) -> tuple[np.ndar
         "r = Constant<value_ints=[1, 2, 3]>() y = Tile(x, r)",
         "y, z = Split<axis=2, num_outputs=2>(x)",
         "p = Constant<value_ints=[0, 1, 2, 0, 1, 0]>() y = Pad(x, p)",
+        "p = Constant<value_ints=[0, -1, 2, 0, 1, -2]>() y = Pad(x, p)",
         "p = Constant<value_ints=[0, 1, 2, 0, 1, 0]>() y = Pad<mode=\"reflect\">(x, p)",
     ],
 )  # fmt: skip

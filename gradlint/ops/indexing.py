@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from gradlint.backward import Backward
+from gradlint.backward import Backward, Unsupported
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, constant_array, dims
+from gradlint.ops.concatenation import along, placed, size_of
 from gradlint.ops.shape import LARGEST, averaged, lifted, parts, resolution
-from gradlint.ops.slicing import along, placed, size_of
-from gradlint.transfer import Context, blocks, row
+from gradlint.transfer import Context, row
 
 Values = Sequence[ir.Value | None]
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
@@ -104,14 +104,9 @@ def gather_pullback(
     if ids is not None:
         return (_by_index(ctx, node, xs[0], g, ids % shape[axis], axis), None)
     spots = tuple(range(axis, axis + rank))
-    each = math.prod(picked) / shape[axis] / (1 if ctx.varies(data) else _examples(ctx, picked))
+    each = math.prod(picked) / shape[axis] / (1 if ctx.varies(data) else min(ctx.batch, math.prod(picked)))
     flat = Gradient(0 * g.local, g.total).map(lambda a: a.mean(axis=spots).reshape(_without(a.shape, axis, rank)))
     return (flat.scaled(each), None)
-
-
-def _examples(ctx: Context, picked: tuple[int, ...]) -> int:
-    """The examples that ids of this shape belong to."""
-    return ctx.batch if picked[:1] == (ctx.batch,) else 1
 
 
 def _without(shape: tuple[int, ...], axis: int, count: int) -> tuple[int, ...]:
@@ -147,8 +142,7 @@ def _by_index(
         np.add.at(np.moveaxis(out, axis, 0), flat, np.moveaxis(full, axis, 0))
         return out
 
-    back = g.map(scattered)
-    return back if ctx.varies(node.inputs[0]) else back.scaled(1 / _examples(ctx, ids.shape))
+    return g.map(scattered)
 
 
 def gather_bound(
@@ -177,7 +171,7 @@ def gather_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
         return (_placed_back(b, g, x, axis, *run, ids.ndim), None)
     rank, spots = (len(v.shape) if v.shape is not None else None for v in (x, index))
     if rank is None or spots is None:
-        return (None, None)
+        raise Unsupported("inputs of unknown rank")
     if axis != 0:
         order = [*range(axis, axis + spots), *range(axis), *range(axis + spots, rank + spots - 1)]
         g = b.op("Transpose", g, perm=order)

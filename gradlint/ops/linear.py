@@ -15,6 +15,16 @@ import onnx_ir as ir
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, dims
+from gradlint.ops.attention_products import (
+    contract,
+    logits,
+    logits_pullback,
+    makes_logits,
+    mixes,
+    mixture,
+    mixture_pullback,
+    swap,
+)
 from gradlint.transfer import Context, product, row, summed
 
 Values = Sequence[ir.Value | None]
@@ -80,19 +90,6 @@ def weight_gradient(ctx: Context, node: ir.Node, x: Moments, g: Gradient, shape:
 # -- two activations ---------------------------------------------------------------------------------------------------
 
 
-def _swap(a: Array) -> Array:
-    return np.swapaxes(a, -1, -2)
-
-
-def contract(a: Array, b: Array, width: int) -> Array:
-    """a @ b for arrays that broadcast against operands whose common axis has `width` elements."""
-    if a.shape[-1] == 1 and b.shape[-2] == 1:
-        return width * a * b
-    return np.matmul(
-        np.broadcast_to(a, (*a.shape[:-1], width)), np.broadcast_to(b, (*b.shape[:-2], width, b.shape[-1]))
-    )
-
-
 def multiply(a: Moments, b: Moments, width: int) -> Moments:
     """Moments of a @ b, all elements independent: Var = sum E[a^2] E[b^2] - E[a]^2 E[b]^2.
 
@@ -148,8 +145,10 @@ def matmul_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) ->
     if not ctx.varies(node.inputs[1]) and (w := ctx.array(node.inputs[1])) is not None:
         return (project(a, w, shape_a[-1]),)
     if not ctx.varies(node.inputs[0]) and (w := ctx.array(node.inputs[0])) is not None:
-        return (project(b.map(_swap), _swap(w), shape_b[-2]).map(_swap),)
-    return (multiply(a, b, shape_a[-1]),)
+        return (project(b.map(swap), swap(w), shape_b[-2]).map(swap),)
+    if makes_logits(node):
+        return (logits(a, b, shape_a[-1]),)
+    return (mixture(a, b, shape_a[-1]) if mixes(node) else multiply(a, b, shape_a[-1]),)
 
 
 def matmul_pullback(
@@ -164,12 +163,17 @@ def matmul_pullback(
     if a is None or b is None or g is None or shape_a is None or shape_b is None or min(len(shape_a), len(shape_b)) < 2:
         return (None, None)
     if not ctx.varies(node.inputs[1]) and (w := ctx.array(node.inputs[1])) is not None:
-        return _back(g, a, _swap(w)), weight_gradient(ctx, node, a, g, shape_b)
+        return _back(g, a, swap(w)), weight_gradient(ctx, node, a, g, shape_b)
     if not ctx.varies(node.inputs[0]) and (w := ctx.array(node.inputs[0])) is not None:
-        dw = weight_gradient(ctx, node, b.map(_swap), g.map(_swap), (shape_a[-1], shape_a[-2]))
-        return dw.map(_swap), _back(g.map(_swap), b.map(_swap), w).map(_swap)
-    da = _towards(g, b.map(_swap), shape_b[-1])
-    db = _towards(g.map(_swap), a, shape_a[-2]).map(_swap)
+        dw = weight_gradient(ctx, node, b.map(swap), g.map(swap), (shape_a[-1], shape_a[-2]))
+        return dw.map(swap), _back(g.map(swap), b.map(swap), w).map(swap)
+    if makes_logits(node):
+        da, db = logits_pullback(g, a, b, shape_a[-2], shape_b[-1])
+    elif mixes(node):
+        da, db = mixture_pullback(g, a, b, shape_a[-2], shape_b[-1])
+    else:
+        da = _towards(g, b.map(swap), shape_b[-1])
+        db = _towards(g.map(swap), a, shape_a[-2]).map(swap)
     return _reduce_stack(ctx, da, node, 0), _reduce_stack(ctx, db, node, 1)
 
 
@@ -189,7 +193,7 @@ def matmul_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Seq
         if w is not None and x is not None and w.ndim >= 2:
             if k == 0:
                 return (interval(x, w),)
-            return (interval(x.map(_swap), _swap(w)).map(_swap),)
+            return (interval(x.map(swap), swap(w)).map(swap),)
     return (None,)
 
 
@@ -312,7 +316,7 @@ def gemm_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> S
     x = xs[0]
     if x is None or w is None or bias is None:
         return (None,)
-    y = project(x.map(_swap) if flipped else x, w, w.shape[-2])
+    y = project(x.map(swap) if flipped else x, w, w.shape[-2])
     return (Moments(y.mean + bias, y.fixed, y.shared, y.local),)
 
 
@@ -328,12 +332,12 @@ def gemm_pullback(
     shape = dims(node.inputs[1])
     if x is None or g is None or w is None or shape is None:
         return (None,) * len(node.inputs)
-    x = x.map(_swap) if flipped else x
+    x = x.map(swap) if flipped else x
     dx = _back(g, x, w.T)
     dw = weight_gradient(ctx, node, x, g, w.shape).scaled(attribute(node, "alpha", 1.0) ** 2)
     found: list[Gradient | None] = [
-        dx.map(_swap) if flipped else dx,
-        dw.map(_swap) if attribute(node, "transB", 0) else dw,
+        dx.map(swap) if flipped else dx,
+        dw.map(swap) if attribute(node, "transB", 0) else dw,
     ]
     if len(node.inputs) > 2:
         c = dims(node.inputs[2])
@@ -347,7 +351,7 @@ def gemm_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Seque
     bias, x = _bias(ctx, node), xs[0]
     if x is None or w is None or bias is None:
         return (None,)
-    y = interval(x.map(_swap) if flipped else x, w)
+    y = interval(x.map(swap) if flipped else x, w)
     return (Range(y.lo + bias, y.hi + bias),)
 
 

@@ -435,7 +435,8 @@ def _mask(d: Direction) -> list[ir.Value]:
 
 
 def recurrent_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    """Gradients of X, W, R, B, initial_h, initial_c and P; dL/dh of every step is the byproduct "hidden" (T, D, B, H).
+    """Gradients of X, W, R, B, initial_h, initial_c and P; dL/dh of every step is the byproduct "hidden" (T, D, B, H),
+    its steps in the order the direction runs (entry 0 is the step farthest from the last state).
 
     Assumes layout 0 (the canonical form). A clipped pre-activation has slope 0 outside the clip.
     """
@@ -445,7 +446,7 @@ def recurrent_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     count = directions(node)
     parts = [_direction(b, node, gs, k) for k in range(count)]
     found = [_CELLS[op(node)](d) for d in parts]
-    b.byproducts[node, "hidden"] = _stacked(b, [_natural(b, node, k, f.hidden) for k, f in enumerate(found)], 1)
+    b.byproducts[node, "hidden"] = _stacked(b, [flip(b, f.hidden) for f in found], 1)
     dx = None
     if b.wanted(x):
         for k, (d, f) in enumerate(zip(parts, found, strict=True)):
@@ -470,7 +471,8 @@ def _name_hidden_states(node: ir.Node) -> None:
     if not y.name:
         y.name = f"{node.name}.hidden"
     assert x is not None
-    y.dtype = x.dtype
+    if x.dtype is not None:
+        y.dtype = x.dtype
     if y.shape is None and x.shape is not None and r is not None and r.shape is not None:
         y.shape = ir.Shape([x.shape[0], r.shape[0], x.shape[1], r.shape[2]])
 

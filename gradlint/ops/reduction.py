@@ -16,6 +16,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, constant_array, dims
+from gradlint.ops.standardization import elements
 from gradlint.transfer import Context, Function, apply_moments, apply_pullback, row
 
 Values = Sequence[ir.Value | None]
@@ -188,7 +189,7 @@ IDENTITY = Outer(lambda s, n: s, lambda s, n: np.ones_like(s.mean), lambda s, n:
 AVERAGE = Outer(lambda s, n: s.scaled(1 / n), lambda s, n: np.full_like(s.mean, 1 / n**2), lambda s, n: s / n)
 # x^2 / s sums to one: E[4 x^2 / (4 s)] = E[x^2] / E[s]
 ROOT = Outer(_root_moments, lambda s, n: 0.25 / np.maximum(s.mean, 1e-300), lambda s, n: np.sqrt(np.maximum(s, 0)))
-# softmax weights e^x / s: E[e^2x / s^2] taken as E[e^2x] / E[s^2]
+# softmax weights e^x / s: E[e^2x / s^2] taken as E[e^2x] / E[s^2], a tenth too low for five elements
 LOG_OF_EXP = Outer(_log_moments, lambda s, n: 1 / s.second, lambda s, n: np.log(np.maximum(s, 1e-300)))
 # E[s^-2] of a log-normal s
 LOG = Outer(_log_moments, lambda s, n: (1 + s.var / s.mean**2) ** 3 / s.mean**2, lambda s, n: np.log(s))
@@ -280,9 +281,7 @@ def _mean_vjp(b: Backward, node: ir.Node, g: ir.Value) -> ir.Value:
     if shape is not None and axes is not None:
         n = b.scalar(1 / max(1, math.prod(shape[a] for a in axes)), g)
         return spread_vjp(b, node, b.op("Mul", g, n))
-    size_x, size_y = (b.op("Size", v, dtype=ir.DataType.INT64) for v in (x, y))
-    count = b.op("CastLike", b.op("Div", size_x, size_y), g, dtype=g.dtype)
-    return spread_vjp(b, node, b.op("Div", g, count))
+    return spread_vjp(b, node, b.op("Div", g, elements(b, x, y)))
 
 
 def _absolute_vjp(b: Backward, node: ir.Node, g: ir.Value) -> ir.Value:

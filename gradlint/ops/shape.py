@@ -1,4 +1,4 @@
-"""Operators that rearrange, retype or repeat elements: Identity, Cast, Reshape, Transpose, Expand, Tile, DepthToSpace.
+"""Operators that rearrange, retype or stretch: Identity, Cast, Reshape, Transpose, Expand.
 
 Moments follow the axes: groups of input axes are matched with groups of output axes of equal size. Arrays that do not
 resolve a group stay so (windows of positions are positions); arrays that resolve all of it are reshaped; where they
@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
-from gradlint.graph import attribute, dims, is_float
+from gradlint.graph import attribute, dims, is_float, op
 from gradlint.transfer import Context, blocks, passthrough, row, summed
 
 Values = Sequence[ir.Value | None]
@@ -133,8 +133,8 @@ def _sizes(node: ir.Node) -> tuple[Shape, Shape] | None:
 def reshaped(ctx: Context, x: Moments, src: Shape, dst: Shape, *, varies: bool) -> Moments:
     """Moments of a value of shape `src` seen in the shape `dst`.
 
-    Where positions have become units and none is left, `shared` can no longer be told from `local` and joins it. Examples
-    are alike: their axis is never resolved.
+    Where positions have become units and none is left, `shared` can no longer be told from `local` and joins it.
+    Examples are alike: their axis is never resolved.
     """
     x = x.map(lambda a: lifted(a, len(src)))
     x = averaged(x, costly(resolution(*parts(x)), src, dst))
@@ -322,8 +322,7 @@ def expand_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) ->
         return (None,)
     own = (1,) * (len(dst) - len(src)) + src
     x = xs[0].map(lambda a: lifted(a, len(dst)))
-    stretched = [k for k, (n, m) in enumerate(zip(own, dst, strict=True)) if n == 1 and m > 1 and (k or m != ctx.batch)]
-    if stretched and not positions(resolution(*parts(x)), own, ctx.batch):
+    if positions(own, dst, ctx.batch) and not positions(resolution(*parts(x)), own, ctx.batch):
         x = Moments(x.mean, x.fixed, x.shared + x.local, np.zeros_like(x.local))
     return (x,)
 
@@ -334,20 +333,13 @@ def expand_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Seq
 
 
 def over_copies(ctx: Context, node: ir.Node, g: Gradient, small: Shape) -> Gradient:
-    """The sum over copies of the input. Copies of a constant along the batch axis meet one example each."""
-    constant = not ctx.varies(node.inputs[0])
-    if constant:
-        ctx = dataclasses.replace(ctx, varies=lambda value: True)
-    rank = len(node.outputs[0].shape or ())
-    return summed(
-        ctx, g.map(lambda a: lifted(a, rank)), node.outputs[0], small, constant=constant and _batched(ctx, node, small)
-    )
-
-
-def _batched(ctx: Context, node: ir.Node, small: Shape) -> bool:
-    """Is the value copied along the batch axis?"""
-    dst = dims(node.outputs[0]) or (1,)
-    return dst[0] == ctx.batch and (len(small) < len(dst) or small[0] == 1)
+    """The sum over copies of the input; those of a constant along the batch axis, one per example, add incoherently."""
+    y, dst = node.outputs[0], dims(node.outputs[0]) or (1,)
+    g = g.map(lambda a: lifted(a, len(dst)))
+    examples = dst[0] == ctx.batch and (len(small) < len(dst) or small[0] == 1)
+    if examples and not ctx.varies(y):
+        g = Gradient(g.shared / ctx.batch, g.local)
+    return summed(ctx, g, y, small, constant=not ctx.varies(node.inputs[0]))
 
 
 def expand_pullback(
@@ -388,4 +380,24 @@ row(
 
 # -- no gradient -------------------------------------------------------------------------------------------------------
 
-blocks("Shape", "Size", "ConstantOfShape", "Range", "EyeLike")
+
+def constant_of_shape_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    value = attribute(node, "value")
+    level = float(value.numpy().reshape(-1)[0]) if value is not None else 0.0
+    return (Moments.normal(len(node.outputs[0].shape or ()), level, 0.0),)
+
+
+def random_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    """Normal draws by their mean and scale, uniform ones by their ends."""
+    rank = len(node.outputs[0].shape or ())
+    if op(node).startswith("RandomNormal"):
+        return (Moments.normal(rank, attribute(node, "mean", 0.0), attribute(node, "scale", 1.0) ** 2),)
+    low, high = attribute(node, "low", 0.0), attribute(node, "high", 1.0)
+    return (Moments.normal(rank, (low + high) / 2, (high - low) ** 2 / 12),)
+
+
+_RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+blocks("Shape", "Size", "ConstantOfShape", "Range", "EyeLike", "Bernoulli", "Multinomial", *_RANDOM)
+row("ConstantOfShape", moments=constant_of_shape_moments)
+for _op in _RANDOM:
+    row(_op, moments=random_moments)

@@ -24,6 +24,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, dims, op
+from gradlint.ops.attention_products import weighs
 from gradlint.transfer import Context, blocks, row
 
 Values = Sequence[ir.Value | None]
@@ -109,10 +110,10 @@ class Row:
 def describe(x: Moments, axis: int, n: int) -> Row:
     """Softmax weights over normal logits x of size n along `axis`.
 
-    Along an axis of positions the shared part moves all logits alike: softmax does not see it. Logits of different
+    A shared part that is one along the axis moves all logits alike: softmax does not see it. Logits of different
     means weigh by exp(mean + var / 2), of different variances by their weighted average. Assumes them independent.
     """
-    var = x.var if x.mean.shape[axis] > 1 or x.shared.shape[axis] > 1 else x.fixed + x.local
+    var = x.fixed + x.local + _visible(x, axis)
     # E[e^z] grows as e^(s^2 / 2) up to s = sqrt(2 log n), beyond it only the largest of n counts: then linearly in s.
     limit = math.sqrt(2 * math.log(max(n, 2)))
     s = np.sqrt(var)
@@ -158,7 +159,8 @@ def _split(x: Moments, var: Array, visible: Array, s: Array) -> tuple[Array, Arr
 
 
 def _visible(x: Moments, axis: int) -> Array:
-    return x.shared if max(x.mean.shape[axis], x.shared.shape[axis]) > 1 else np.zeros_like(x.shared)
+    """What of the shared part differs along the axis."""
+    return x.shared if x.shared.shape[axis] > 1 else np.zeros_like(x.shared)
 
 
 def softmax_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
@@ -166,6 +168,7 @@ def softmax_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -
     x, at = xs[0], _axis(node)
     if x is None or at is None:
         return (None,)
+    x = _examples_alike(x)
     r = describe(x, *at)
     return (Moments(r.mean, *_split(x, r.second - r.mean**2, _visible(x, at[0]), r.std)),)
 
@@ -186,14 +189,28 @@ def softmax_pullback(
     if x is None or g is None or at is None:
         return (None,)
     axis, n = at
-    r = describe(x, axis, n)
-    q = g.local if max(g.local.shape[axis], g.shared.shape[axis]) == 1 else g.total
-    q, p = np.broadcast_arrays(q, r.mean)
+    r = describe(_examples_alike(x), axis, n)
     still = weights(r.count, 0.0)
-    own = np.minimum(p**2 * (1 - p) ** 2 * _ratio(r.stats.own, still.own), 1 / 16) * q
-    others = np.maximum(_sum(p**2 * q, axis, n) - p**2 * q, 0)
-    total = own + p**2 * others * _ratio(r.stats.cross, still.cross)
+    spread = _ratio(r.stats.own, still.own), _ratio(r.stats.cross, still.cross)
+    if weighs(node):
+        total = _jacobian(g.total, r.mean, axis, n, *spread)
+        same = _jacobian(g.shared, r.mean.mean(axis=axis - 1, keepdims=True), axis, n, 1.0, 1.0)
+        return (Gradient(same, np.maximum(total - same, 0)),)
+    total = _jacobian(g.total if g.shared.shape[axis] > 1 else g.local, r.mean, axis, n, *spread)
     return (Gradient(np.zeros_like(total), total),)
+
+
+def _jacobian(q: Array, p: Array, axis: int, n: int, own: Array | float, cross: Array | float) -> Array:
+    """E[(p_i (g_i - sum p_j g_j))^2], at the mean weights p, times what their variance adds to both terms."""
+    q, p = np.broadcast_arrays(q, p)
+    others = np.maximum(_sum(p**2 * q, axis, n) - p**2 * q, 0)
+    return np.minimum(p**2 * (1 - p) ** 2 * own, 1 / 16) * q + p**2 * others * cross
+
+
+def _examples_alike(x: Moments) -> Moments:
+    """A constant mask repeated for every example is one mask."""
+    same = x.mean.shape[0] > 1 and bool((x.mean == x.mean[:1]).all())
+    return Moments(x.mean[:1], x.fixed, x.shared, x.local) if same else x
 
 
 def _ratio(a: Array, b: Array) -> Array:
@@ -233,14 +250,15 @@ def softmax_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Se
     if xs[0] is None:
         zero = np.zeros((1,) * len(dims(node.inputs[0]) or ()))
         return (Range(zero, zero + 1),)
-    y = _log_range(xs[0], *at)
+    y = log_softmax_range_along(xs[0], *at)
     slack = 1e-6
     return (
         Range(np.maximum(np.exp(y.lo) * (1 - slack) - 1e-30, 0), np.minimum(np.exp(y.hi) * (1 + slack), 1 + slack)),
     )
 
 
-def _log_range(x: Range, axis: int, n: int) -> Range:
+def log_softmax_range_along(x: Range, axis: int, n: int) -> Range:
+    """log p_i = -log(1 + sum_(j!=i) e^(z_j - z_i)), rounding included."""
     lo, hi = np.broadcast_arrays(x.lo, x.hi)
 
     def least(low: Array, high: Array) -> Array:
@@ -251,7 +269,8 @@ def _log_range(x: Range, axis: int, n: int) -> Range:
         with np.errstate(divide="ignore"):
             return -np.logaddexp(0.0, np.log(rest) + top - low)
 
-    return Range(least(lo, hi), least(hi, lo))
+    low, high = least(lo, hi), least(hi, lo)
+    return Range(low - 1e-5 * (1 + np.abs(low)), np.minimum(high + 1e-5 * (1 + np.abs(high)), 1e-6))
 
 
 def softmax_bound(
@@ -275,21 +294,22 @@ row(
 
 
 def log_softmax_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
-    """y_i = z_i - log S: Cov(z_i, log S) = var_i E[p_i] (Stein), Var(log S) = sum var_j E[p_j^2] to first order."""
     x, at = xs[0], _axis(node)
-    if x is None or at is None:
-        return (None,)
-    axis, n = at
+    return (None if x is None or at is None else log_softmax_moments_along(x, *at),)
+
+
+def log_softmax_moments_along(x: Moments, axis: int, n: int) -> Moments:
+    """y_i = z_i - log S: Cov(z_i, log S) = var_i E[p_i] (Stein), Var(log S) = sum var_j E[p_j^2] to first order."""
     r = describe(x, axis, n)
     visible = _visible(x, axis)
 
     if n == 1:
-        return (Moments.normal(x.mean.ndim, var=0.0),)
+        return Moments.normal(x.mean.ndim, var=0.0)
 
     def part(var: Array) -> Array:
         return np.maximum(var * (1 - 2 * r.mean) + _sum(var * r.second, axis, n), 0)
 
-    return (Moments(x.mean - r.log_sum, part(x.fixed), part(visible), part(x.local)),)
+    return Moments(x.mean - r.log_sum, part(x.fixed), part(visible), part(x.local))
 
 
 def log_softmax_pullback(
@@ -326,8 +346,7 @@ def log_softmax_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -
     at = _axis(node)
     if xs[0] is None or at is None:
         return (None,)
-    y = _log_range(xs[0], *at)
-    return (Range(y.lo - 1e-5 * (1 + np.abs(y.lo)), np.minimum(y.hi + 1e-5 * (1 + np.abs(y.hi)), 1e-6)),)
+    return (log_softmax_range_along(xs[0], *at),)
 
 
 def log_softmax_bound(

@@ -1,0 +1,109 @@
+"""What changed between two reports: findings by fingerprint, and the gradient of the layers they share."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradlint.exceptions import UsageError
+from gradlint.results import LEVELS, Evidence, Finding, LayerRow, Report
+
+# Decades of change from which a layer is listed: a factor of two.
+NOTABLE = 0.3
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A layer whose gradient changed: decades before and after, by the same kind of evidence."""
+
+    layer: str
+    op_type: str
+    evidence: Evidence
+    before: float
+    after: float
+
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`new` holds head's findings that base lacks or has at a lower level, `gone` those of base that head lacks.
+
+    `shifts`: layers of both that changed by at least `NOTABLE` decades, the largest loss first. `base` is None for a
+    model that only head has.
+    """
+
+    base: Report | None
+    head: Report
+    new: tuple[Finding, ...]
+    gone: tuple[Finding, ...]
+    same: tuple[Finding, ...]
+    shifts: tuple[Shift, ...]
+    layers_added: int
+    layers_removed: int
+
+
+def compare(base: Report | None, head: Report) -> Difference:
+    """The difference from `base` to `head`; without base everything is new."""
+    before = {finding.fingerprint: finding for finding in base.findings} if base else {}
+    after = {finding.fingerprint for finding in head.findings}
+    known = [finding for finding in head.findings if _is_known(finding, before.get(finding.fingerprint))]
+    old = {row.name: row for row in base.layers} if base else {}
+    names = {row.name for row in head.layers}
+    shifts = [shift for row in head.layers if row.name in old and (shift := _shift(old[row.name], row)) is not None]
+    return Difference(
+        base=base,
+        head=head,
+        new=tuple(finding for finding in head.findings if finding not in known),
+        gone=tuple(finding for finding in before.values() if finding.fingerprint not in after),
+        same=tuple(known),
+        shifts=tuple(sorted((s for s in shifts if abs(s.change) >= NOTABLE), key=lambda s: s.change)),
+        layers_added=len(names - old.keys()),
+        layers_removed=len(old.keys() - names),
+    )
+
+
+def compare_all(bases: Sequence[Report], heads: Sequence[Report]) -> list[Difference]:
+    """One report against one, whatever their models are called; of several, those of the same path."""
+    if len(bases) == len(heads) == 1:
+        return [compare(bases[0], heads[0])]
+    by_path = {report.model.path: report for report in bases}
+    return [compare(by_path.get(head.model.path), head) for head in heads]
+
+
+def read_reports(path: str | Path) -> list[Report]:
+    """The reports in a file of `--format json`. Raises UsageError for anything else."""
+    try:
+        data = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path}: not JSON: give a report that `gradlint --format json` wrote") from None
+    reports = []
+    for item in data if isinstance(data, list) else [data]:
+        try:
+            reports.append(Report.from_dict(item))
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+    return reports
+
+
+def _is_known(finding: Finding, before: Finding | None) -> bool:
+    return before is not None and LEVELS.index(finding.level) >= LEVELS.index(before.level)
+
+
+def _shift(before: LayerRow, after: LayerRow) -> Shift | None:
+    """By measurement where both have one, else by estimate."""
+    pairs: tuple[tuple[Evidence, object, object], ...] = (
+        ("measured", before.measured.get("decades"), after.measured.get("decades")),
+        ("estimated", before.estimated.get("decades"), after.estimated.get("decades")),
+    )
+    for evidence, old, new in pairs:
+        if isinstance(old, int | float) and isinstance(new, int | float) and math.isfinite(old) and math.isfinite(new):
+            return Shift(after.name, after.op_type, evidence, float(old), float(new))
+    return None

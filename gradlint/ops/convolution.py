@@ -1,0 +1,401 @@
+"""Convolutions: y[o, q] = sum over channels c and taps t of W[o, c, t] x[c, q s + t d - p] + bias[o].
+
+Activations are described per channel, (1, C, 1, ..). Elements are taken as uncorrelated except for the shared part of
+their variance, which is the same at every position and so adds coherently over the taps. Which taps lie inside the map
+differs near the border; the averages over positions are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.backward import Backward
+from gradlint.domain import Array, Gradient, Moments, Range
+from gradlint.graph import attribute, dims
+from gradlint.ops.convolution_gradient import (
+    Geometry,
+    convolve,
+    geometry,
+    input_gradient,
+    layout,
+    spatial_rank,
+    weight_gradient,
+)
+from gradlint.ops.linear import operator_norm
+from gradlint.transfer import Context, product, row
+
+Values = Sequence[ir.Value | None]
+_BLOCK = 1 << 22  # elements of a weight worked on at a time
+
+
+# -- taps and positions ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Positions of a map, by which taps of the kernel reach a stored value there.
+
+    masks: (taps, classes), 1 where the tap does; share: the share of positions in each class; count: all positions.
+    """
+
+    masks: Array
+    share: Array
+    count: int
+
+    @property
+    def valid(self) -> Array:
+        """Share of the positions at which each tap reaches a value."""
+        return self.masks @ self.share
+
+
+@lru_cache(maxsize=1024)
+def _axis(here: int, there: int, kernel: int, stride: int, dilation: int, pad: int, back: bool) -> tuple[Array, Array]:
+    """Classes along one axis of positions `here` reading `there`: forward q s + t d - p, back (u + p - t d) / s."""
+    q, t = np.arange(here), np.arange(kernel)[:, None]
+    if back:
+        reached = q + pad - t * dilation
+        inside = (reached % stride == 0) & (reached >= 0) & (reached < there * stride)
+    else:
+        reached = q * stride + t * dilation - pad
+        inside = (reached >= 0) & (reached < there)
+    masks, counts = np.unique(inside, axis=1, return_counts=True)
+    return masks.astype(np.float64), counts / here
+
+
+def taps(here: Sequence[int], there: Sequence[int], kernel: Sequence[int], at: Geometry, *, back: bool) -> Taps:
+    """The classes of positions of a map of size `here` that reads one of size `there`, all axes together."""
+    masks: Array = np.ones((1, 1))
+    share: Array = np.ones(1)
+    for args in zip(here, there, kernel, at.strides, at.dilations, at.begin, strict=True):
+        m, s = _axis(*args, back)
+        masks, share = np.asarray(np.kron(masks, m)), np.asarray(np.kron(share, s))
+    return Taps(masks, share, math.prod(here))
+
+
+# -- a kernel as matrices ----------------------------------------------------------------------------------------------
+
+
+def _energy(w: np.ndarray, t: Taps) -> np.ndarray:
+    """Mean over positions of the sum over taps of W^2: what an independent part goes through."""
+    return np.square(w) @ t.valid.astype(np.float32)
+
+
+def _classes(w: np.ndarray, t: Taps) -> np.ndarray:
+    """The sum over taps of W, per class of positions: what a part that is the same everywhere goes through."""
+    return w if t.masks.shape == (1, 1) else w @ t.masks.astype(np.float32)
+
+
+def _level(w: np.ndarray, t: Taps) -> np.ndarray:
+    """The squared mean over positions of that sum: how much of such a part stays the same everywhere."""
+    return np.square(_classes(w, t) @ t.share.astype(np.float32))
+
+
+def _coherent(w: np.ndarray, t: Taps) -> np.ndarray:
+    """The mean over positions of that sum squared: all that comes of such a part."""
+    return np.square(_classes(w, t)) @ t.share.astype(np.float32)
+
+
+def through(
+    through_: Callable[[np.ndarray, Taps], np.ndarray], w: np.ndarray, t: Taps, v: Array, *, rows: bool
+) -> Array:
+    """Sum of v times `through_(w, t)` over the rows or over the columns of w (groups, rows, columns, taps).
+
+    v is (groups, channels); in float32, in blocks of rows, v scaled so that nothing underflows.
+    """
+    top = float(np.max(np.abs(v), initial=0.0))
+    scaled = (v / (top or 1.0)).astype(np.float32)
+    groups, count, columns = w.shape[:3]
+    step = max(1, _BLOCK // max(1, groups * columns * w.shape[3]))
+    found = []
+    for k in range(0, count, step):
+        m = through_(w[:, k : k + step].astype(np.float32, copy=False), t)
+        m = m.reshape(*m.shape[:3], -1)
+        if rows:
+            part = np.matmul(scaled[:, None, k : k + step], m.reshape(*m.shape[:2], -1))
+            found.append(part.reshape(groups, columns, -1))
+        else:
+            found.append(np.matmul(scaled[:, None, None, :], m)[:, :, 0, :])
+    total = np.sum(found, axis=0, dtype=np.float64) if rows else np.concatenate(found, axis=1).astype(np.float64)
+    return np.asarray(total * top)
+
+
+# -- estimate ----------------------------------------------------------------------------------------------------------
+
+
+def _spread(w: np.ndarray, t: Taps, x: Moments, bias: Array, *, rows: bool) -> Moments:
+    """Moments of a convolution, (groups, channels) in and out.
+
+    The mean differs by class of position: its variance over positions is `fixed`. A shared part goes through the sum
+    over taps: what of it is the same in every class stays shared, the rest varies with the example and the position.
+    """
+    per_class = through(_classes, w, t, x.mean, rows=rows)
+    mean = per_class @ t.share
+    fixed = np.maximum(per_class**2 @ t.share - mean**2, 0.0)
+    local = np.zeros_like(mean)
+    if x.fixed.any():
+        fixed = fixed + through(_energy, w, t, x.fixed, rows=rows)[..., 0]
+    if x.local.any():
+        local = local + through(_energy, w, t, x.local, rows=rows)[..., 0]
+    shared, moved = _split_shared(w, t, x.shared, rows=rows)
+    return Moments(mean + bias, fixed, shared, local + moved)
+
+
+def _split_shared(w: np.ndarray, t: Taps, shared: Array, *, rows: bool) -> tuple[Array, Array]:
+    """What becomes of a shared part: still shared, and now different between positions."""
+    if not shared.any():
+        zero = np.zeros((w.shape[0], w.shape[2] if rows else w.shape[1]))
+        return zero, zero
+    level = through(_level, w, t, shared, rows=rows)[..., 0]
+    if t.masks.shape[1] == 1:
+        return level, np.zeros_like(level)
+    return level, np.maximum(through(_coherent, w, t, shared, rows=rows)[..., 0] - level, 0.0)
+
+
+def _per_channel(a: Array, channels: int, groups: int) -> Array:
+    """A description (1, C, 1, ..), or unresolved, as (groups, C / groups)."""
+    return np.array(np.broadcast_to(a.reshape(-1), (channels,))).reshape(groups, -1)
+
+
+def collapsed(x: Moments) -> Moments:
+    """A description per position reduced to one per channel; what varies between positions becomes fixed or local."""
+    rank = x.mean.ndim
+    axes = tuple(a for a in range(rank) if a != 1)
+
+    def over(a: Array) -> Array:
+        return np.asarray(a.mean(axis=axes, keepdims=True))
+
+    resolved = any(x.shared.shape[a] > 1 for a in axes)
+    shared = np.zeros((1,) * rank) if resolved else x.shared
+    local = over(x.local + x.shared) if resolved else over(x.local)
+    return Moments(over(x.mean), over(x.fixed) + x.mean.var(axis=axes, keepdims=True), shared, local)
+
+
+def collapsed_gradient(g: Gradient) -> Gradient:
+    """The same for a gradient: a part that is shared only within positions told apart is local."""
+    axes = tuple(a for a in range(g.local.ndim) if a != 1)
+    if any(g.shared.shape[a] > 1 for a in axes):
+        total = np.asarray(g.total.mean(axis=axes, keepdims=True))
+        return Gradient(np.zeros_like(total), total)
+    return Gradient(g.shared, np.asarray(g.local.mean(axis=axes, keepdims=True)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution, or a transposed one, with a constant weight and static sizes."""
+
+    w: np.ndarray  # (groups, rows, columns, taps)
+    transposed: bool
+    at: Geometry
+    kernel: tuple[int, ...]
+    sizes: tuple[int, ...]
+    outs: tuple[int, ...]
+    channels: int
+    out_channels: int
+
+    @property
+    def forward(self) -> Taps:
+        return taps(self.outs, self.sizes, self.kernel, self.at, back=self.transposed)
+
+    @property
+    def backward(self) -> Taps:
+        return taps(self.sizes, self.outs, self.kernel, self.at, back=not self.transposed)
+
+
+def case(ctx: Context, node: ir.Node) -> Case | None:
+    """The node's sizes and weight, or None where they are not known before it runs."""
+    x, w, y = dims(node.inputs[0]), dims(node.inputs[1]), dims(node.outputs[0])
+    if x is None or w is None or y is None or ctx.varies(node.inputs[1]) or 0 in (*w, *y):
+        return None
+    array = ctx.array(node.inputs[1])
+    if array is None:
+        return None
+    transposed = node.op_type == "ConvTranspose"
+    at = transpose_geometry(node, len(w) - 2) if transposed else geometry(node, len(w) - 2)
+    grouped = array.reshape(at.group, w[0] // at.group, w[1], math.prod(w[2:]))
+    return Case(grouped, transposed, at, w[2:], x[2:], y[2:], x[1], y[1])
+
+
+def _bias(ctx: Context, node: ir.Node, channels: int) -> Array | None:
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    if value is None:
+        return np.zeros(channels)
+    array = None if ctx.varies(value) else ctx.array(value)
+    return None if array is None else array.astype(np.float64)
+
+
+def conv_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    x, c = xs[0], case(ctx, node)
+    if x is None or c is None or (bias := _bias(ctx, node, c.out_channels)) is None:
+        return (None,)
+    groups = c.at.group
+    flat = collapsed(x).map(lambda a: _per_channel(a, c.channels, groups))
+    y = _spread(c.w, c.forward, flat, bias.reshape(groups, -1), rows=c.transposed)
+    return (y.map(lambda a: a.reshape(1, -1, *(1,) * len(c.kernel))),)
+
+
+def conv_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    """dx: as the forward pass, through the transposed kernel. dW: the sum over positions of g x, averaged over channels
+    and taps: n^2 of what is the same at every position, n of the rest, n the positions at which the tap is valid."""
+    x, g, c = xs[0], gs[0], case(ctx, node)
+    if x is None or g is None or c is None:
+        return (None,) * len(node.inputs)
+    groups, ones = c.at.group, (1,) * len(c.kernel)
+    g = collapsed_gradient(g)
+    per_group = g.map(lambda a: _per_channel(a, c.out_channels, groups))
+    back = c.backward
+    shared, moved = _split_shared(c.w, back, per_group.shared, rows=not c.transposed)
+    local = through(_energy, c.w, back, per_group.local, rows=not c.transposed)[..., 0]
+    dx = Gradient(shared, local + moved).map(lambda a: a.reshape(1, -1, *ones))
+    flat = collapsed(x).map(lambda a: _per_channel(a, c.channels, groups))
+    found: list[Gradient | None] = [dx, _weight(c, flat, per_group).map(lambda a: a.reshape(-1, 1, *ones))]
+    if len(node.inputs) > 2:
+        count = float(math.prod(c.outs))
+        db = (g.shared * count**2 + g.local * count).reshape(-1)
+        found.append(Gradient(np.zeros_like(db), db))
+    return found
+
+
+def _weight(c: Case, x: Moments, g: Gradient) -> Gradient:
+    """Second moment of dW per row of W, (groups, rows), averaged over columns and taps."""
+    if c.transposed:  # rows are the input's channels, and positions those of the input
+        n = c.backward.valid * math.prod(c.sizes)
+        g = g.map(lambda a: a.mean(axis=1, keepdims=True))
+    else:
+        n = c.forward.valid * math.prod(c.outs)
+        mean = np.sqrt(np.square(x.mean).mean(axis=1, keepdims=True))
+        x = Moments(mean, *(a.mean(axis=1, keepdims=True) for a in (x.fixed, x.shared, x.local)))
+    term = product(g, x)
+    total = term.shared * float(np.mean(n**2)) + term.local * float(np.mean(n))
+    return Gradient(np.zeros_like(total), total)
+
+
+# -- proof -------------------------------------------------------------------------------------------------------------
+
+
+def conv_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
+    """The box's centre goes through the sum over taps of W, its radius through that of |W|.
+
+    Where a tap may miss the map, 0 joins the box.
+    """
+    x, c = xs[0], case(ctx, node)
+    if x is None or c is None or (bias := _bias(ctx, node, c.out_channels)) is None:
+        return (None,)
+    axes = tuple(a for a in range(x.lo.ndim) if a != 1)
+    lo, hi = x.lo.min(axis=axes), x.hi.max(axis=axes)
+    if not (c.forward.valid == 1.0).all():
+        lo, hi = np.minimum(lo, 0.0), np.maximum(hi, 0.0)
+    whole = Taps(np.ones((c.w.shape[3], 1)), np.ones(1), 1)
+    centre, radius = (_per_channel(a, c.channels, c.at.group) for a in ((lo + hi) / 2, (hi - lo) / 2))
+    mid = through(_classes, c.w, whole, centre, rows=c.transposed)[..., 0].reshape(-1)
+    size, reach = (
+        through(lambda w, t: _classes(np.abs(w), t), c.w, whole, a, rows=c.transposed)[..., 0].reshape(-1)
+        for a in (np.abs(centre), radius)
+    )
+    slack = 1e-5 * (size + reach + np.abs(bias))  # float32, here and in the model
+    shape = (1, -1, *(1,) * len(c.kernel))
+    return (Range((mid + bias - reach - slack).reshape(shape), (mid + bias + reach + slack).reshape(shape)),)
+
+
+def conv_bound(
+    ctx: Context, node: ir.Node, xs: Sequence[Range | None], ys: Sequence[Range | None]
+) -> Sequence[float | None]:
+    """sqrt(windows that read one position) times the norm of the matrix (outputs, inputs * taps) of the worst group.
+
+    Stacking the windows copies each input at most prod ceil(k gcd(s, d) / s) times, which bounds the norm of that step
+    by its root; a transposed convolution is the adjoint, of the same norm.
+    """
+    rest = (None,) * (len(node.inputs) - 1)
+    c = case(ctx, node)
+    if c is None:
+        return (None, *rest)
+    rows = zip(c.kernel, c.at.strides, c.at.dilations, strict=True)
+    copies = math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in rows)
+    matrices = c.w.reshape(*c.w.shape[:2], -1)
+    norm = max(operator_norm(m) for m in matrices) if c.at.group <= 64 else operator_norm(matrices)
+    return (math.sqrt(copies) * norm, *rest)
+
+
+# -- Conv --------------------------------------------------------------------------------------------------------------
+
+
+def conv_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
+    x, w, g, y = node.inputs[0], node.inputs[1], gs[0], node.outputs[0]
+    rank = spatial_rank(node)
+    assert x is not None
+    assert w is not None
+    assert g is not None
+    assert rank is not None, "a convolution between values of unknown rank"
+    at = geometry(node, rank)
+    found: list[ir.Value | None] = [
+        input_gradient(b, g, y, w, x, at) if b.wanted(x) else None,
+        weight_gradient(b, x, x, g, y, w, at) if b.wanted(w) else None,
+    ]
+    if len(node.inputs) > 2:
+        found.append(b.sum_over(g, [0, *range(2, rank + 2)]) if b.wanted(node.inputs[2]) else None)
+    return found
+
+
+row("Conv", moments=conv_moments, range=conv_range, pullback=conv_pullback, bound=conv_bound, vjp=conv_vjp)
+
+
+# -- ConvTranspose -----------------------------------------------------------------------------------------------------
+
+
+def transpose_geometry(node: ir.Node, rank: int) -> Geometry:
+    """Attributes of a ConvTranspose as those of the Conv it is the adjoint of.
+
+    `output_shape` overrides the pads: the total is what gives that size, the larger half at the beginning.
+    """
+    at = geometry(node, rank)
+    sizes, given = dims(node.inputs[0]), attribute(node, "output_shape", ())
+    kernel = attribute(node, "kernel_shape", ()) or (dims(node.inputs[1]) or ())[2:]
+    if not given or sizes is None or not kernel:
+        return at
+    extra = attribute(node, "output_padding", ()) or (0,) * rank
+    rows = zip(sizes[2:], kernel, at.strides, at.dilations, extra, given[-rank:], strict=True)
+    totals = [max(0, s * (n - 1) + e + d * (k - 1) + 1 - out) for n, k, s, d, e, out in rows]
+    begin = tuple(t - t // 2 for t in totals)
+    return Geometry(at.strides, at.dilations, begin, tuple(t // 2 for t in totals), at.group)
+
+
+def conv_transpose_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
+    """The adjoint's adjoint: dx is the Conv of g by the same weight; dW swaps the roles of x and g."""
+    x, w, g, y = node.inputs[0], node.inputs[1], gs[0], node.outputs[0]
+    rank = spatial_rank(node)
+    assert x is not None
+    assert w is not None
+    assert g is not None
+    assert rank is not None, "a convolution between values of unknown rank"
+    at = transpose_geometry(node, rank)
+    dx = None
+    if b.wanted(x):
+        dx = convolve(b, g, w, at.strides, at.dilations, at.begin, at.end, at.group)
+        if any(attribute(node, "output_padding", ())):  # beyond a stride it makes room for further windows
+            axes, zero = list(range(2, rank + 2)), [0] * rank
+            dx = b.op("Slice", dx, b.constant(zero), layout(b, (x, 2, None)), b.constant(axes))
+    found: list[ir.Value | None] = [dx, weight_gradient(b, g, y, x, x, w, at) if b.wanted(w) else None]
+    if len(node.inputs) > 2:
+        found.append(b.sum_over(g, [0, *range(2, rank + 2)]) if b.wanted(node.inputs[2]) else None)
+    return found
+
+
+row(
+    "ConvTranspose",
+    moments=conv_moments,
+    range=conv_range,
+    pullback=conv_pullback,
+    bound=conv_bound,
+    vjp=conv_transpose_vjp,
+)

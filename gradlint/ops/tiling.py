@@ -1,0 +1,219 @@
+"""Copies and blocks: Tile, DepthToSpace, SpaceToDepth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.backward import Backward, Unsupported
+from gradlint.domain import Array, Gradient, Moments, Range
+from gradlint.graph import attribute, constant_array, dims
+from gradlint.ops.concatenation import size_of
+from gradlint.ops.shape import (
+    Shape,
+    averaged,
+    copies_bound,
+    lifted,
+    move_bound,
+    parts,
+    positions,
+    reshape_like,
+    resolution,
+)
+from gradlint.transfer import Context, row
+
+Values = Sequence[ir.Value | None]
+
+# -- Tile --------------------------------------------------------------------------------------------------------------
+
+
+def _repeats(node: ir.Node) -> tuple[Shape, Shape] | None:
+    """The input's shape and how often each axis is repeated."""
+    src, dst = dims(node.inputs[0]), dims(node.outputs[0])
+    if src is None or dst is None or 0 in src:
+        return None
+    return src, tuple(m // n for n, m in zip(src, dst, strict=True))
+
+
+def _tiled(a: Array, node: ir.Node, src: Shape, times: Shape) -> Array:
+    a = lifted(a, len(src))
+    return np.tile(a, [r if n > 1 else 1 for r, n in zip(times, a.shape, strict=True)])
+
+
+def tile_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    """Units are repeated; along an axis of size 1 copies are the same everywhere, as Expand's are."""
+    sizes = _repeats(node)
+    if xs[0] is None or sizes is None:
+        return (None,)
+    src, times = sizes
+    x = xs[0].map(lambda a: _tiled(a, node, src, times))
+    if any(r > 1 and n == 1 for r, n in zip(times, src, strict=True)) and not positions(
+        resolution(*parts(xs[0])), src, ctx.batch
+    ):
+        x = Moments(x.mean, x.fixed, x.shared + x.local, np.zeros_like(x.local))
+    return (x,)
+
+
+def tile_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
+    sizes = _repeats(node)
+    return (None if xs[0] is None or sizes is None else xs[0].map(lambda a: _tiled(a, node, *sizes)),)
+
+
+def tile_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    """The sum over copies."""
+    sizes, g = _repeats(node), gs[0]
+    if g is None or sizes is None:
+        return (None, None)
+    src, times = sizes
+    for axis, (n, r) in enumerate(zip(src, times, strict=True)):
+        split = [(1, 1) if m == 1 else (r, n) for m in (g.shared.shape[axis], g.local.shape[axis])]
+        folded = [
+            a.reshape((*a.shape[:axis], *pair, *a.shape[axis + 1 :])).sum(axis=axis) * (r if pair == (1, 1) else 1)
+            for a, pair in zip((g.shared, g.local), split, strict=True)
+        ]
+        g = Gradient(folded[0] * (r if split[0] == (1, 1) else 1), folded[1])
+    return (g, None)
+
+
+def tile_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
+    """Each axis split into (copies, size), summed over the copies."""
+    x, repeats, g = node.inputs[0], node.inputs[1], gs[0]
+    assert x is not None
+    assert repeats is not None
+    assert g is not None
+    times = constant_array(repeats)
+    rank = len(x.shape) if x.shape is not None else (dims(repeats) or (None,))[0]
+    if rank is None:
+        raise Unsupported("an input of unknown rank")
+    axes = [k for k in range(rank) if times is None or times[k] != 1]
+    pairs = [b.op("Unsqueeze", v, b.constant([1])) for v in (repeats, b.shape(x))]
+    both = b.op("Reshape", b.op("Concat", *pairs, axis=1), b.constant([-1]))
+    wide = b.op("Reshape", g, both, allowzero=1)
+    return (reshape_like(b, b.sum_over(wide, [2 * k for k in axes]), x), None)
+
+
+row("Tile", moments=tile_moments, range=tile_range, pullback=tile_pullback, bound=copies_bound, vjp=tile_vjp)
+
+
+# -- DepthToSpace, SpaceToDepth ----------------------------------------------------------------------------------------
+
+
+def _by_block(a: Array, node: ir.Node) -> tuple[Array, int]:
+    """Channels as (groups of block^2, channels of the smaller count) where resolved, and the axis of the groups."""
+    block = attribute(node, "blocksize") ** 2
+    if a.shape[1] == 1:
+        return a[:, None], 1
+    if attribute(node, "mode", "DCR") == "CRD":
+        return a.reshape(a.shape[0], -1, block, *a.shape[2:]), 2
+    return a.reshape(a.shape[0], block, -1, *a.shape[2:]), 1
+
+
+def _level(a: Array) -> Array:
+    """Averaged over height and width."""
+    return a.mean(axis=(2, 3), keepdims=True)
+
+
+def _to_space(x: Moments, node: ir.Node) -> Moments:
+    """Channels become positions: their mean, the spread of their means as `fixed`.
+
+    1 / block^2 of the pairs of positions lie in the same channel, so this much of `shared` stays.
+    """
+    x = averaged(x, (2, 3))
+
+    def mean(a: Array) -> Array:
+        wide, axis = _by_block(a, node)
+        return wide.mean(axis=axis)
+
+    y = x.map(mean)
+    shared = y.shared / attribute(node, "blocksize") ** 2
+    fixed = y.fixed + mean(x.mean**2) - y.mean**2
+    return Moments(y.mean, fixed, shared, y.local + y.shared - shared)
+
+
+def _to_depth(a: Array, node: ir.Node) -> Array:
+    block = attribute(node, "blocksize") ** 2
+    if a.shape[1] == 1:
+        return a
+    return np.repeat(a, block, axis=1) if attribute(node, "mode", "DCR") == "CRD" else np.tile(a, (1, block, 1, 1))
+
+
+def to_space_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    return (None if xs[0] is None else _to_space(xs[0], node),)
+
+
+def to_space_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    return (None if gs[0] is None else gs[0].map(lambda a: _to_depth(_level(a), node)),)
+
+
+def to_depth_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    return (None if xs[0] is None else averaged(xs[0], (2, 3)).map(lambda a: _to_depth(a, node)),)
+
+
+def to_depth_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    if gs[0] is None:
+        return (None,)
+    g = gs[0].map(lambda a: _by_block(_level(a), node)[0].mean(axis=1))
+    return (g,)
+
+
+def blocked_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
+    """One interval for all elements."""
+    if xs[0] is None:
+        return (None,)
+    return (Range(np.full((1,) * 4, xs[0].lo.min()), np.full((1,) * 4, xs[0].hi.max())),)
+
+
+def to_space_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
+    """SpaceToDepth; it orders channels as DCR does, so CRD swaps (block^2, C) after it."""
+    y, g, block = node.outputs[0], gs[0], attribute(node, "blocksize")
+    assert g is not None
+    d = b.op("SpaceToDepth", g, blocksize=block)
+    if attribute(node, "mode", "DCR") == "DCR":
+        return (d,)
+    channels = size_of(b, y, 1)
+    wide = b.op("Reshape", d, b.op("Concat", b.constant([0, block**2]), channels, b.constant([-1]), axis=0))
+    x = node.inputs[0]
+    assert x is not None
+    return (reshape_like(b, b.op("Transpose", wide, perm=[0, 2, 1, 3]), x),)
+
+
+def to_depth_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
+    return (b.op("DepthToSpace", gs[0], blocksize=attribute(node, "blocksize"), mode="DCR"),)
+
+
+row(
+    "DepthToSpace",
+    moments=to_space_moments,
+    range=blocked_range,
+    pullback=to_space_pullback,
+    bound=move_bound,
+    vjp=to_space_vjp,
+)
+row(
+    "SpaceToDepth",
+    moments=to_depth_moments,
+    range=blocked_range,
+    pullback=to_depth_pullback,
+    bound=move_bound,
+    vjp=to_depth_vjp,
+)

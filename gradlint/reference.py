@@ -1,0 +1,99 @@
+"""Operators that ONNX's reference evaluator computes wrongly or not at all in some cases, for `check_op`.
+
+Straight from the definitions in the ONNX operator specification, in the type of the input.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from onnx.reference.op_run import OpRun
+
+
+class ConvTranspose(OpRun):
+    """Every input position adds W, scaled by its value, to the output (the evaluator's own mishandles groups)."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        w: np.ndarray,
+        bias: np.ndarray | None = None,
+        auto_pad: str | None = None,
+        dilations: Sequence[int] | None = None,
+        group: int | None = None,
+        kernel_shape: Sequence[int] | None = None,
+        output_padding: Sequence[int] | None = None,
+        output_shape: Sequence[int] | None = None,
+        pads: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[np.ndarray]:
+        kernel, rank = w.shape[2:], w.ndim - 2
+        ones, zeros, groups = (1,) * rank, (0,) * rank, group or 1
+        strides, dilations, extra = strides or ones, dilations or ones, output_padding or zeros
+        pads = pads or (*zeros, *zeros)
+        rows = list(zip(x.shape[2:], kernel, strides, dilations, extra, strict=True))
+        full = [s * (n - 1) + d * (k - 1) + 1 + e for n, k, s, d, e in rows]
+        begin, end = pads[:rank], pads[rank:]
+        if output_shape:
+            totals = [max(0, f - o) for f, o in zip(full, output_shape[-rank:], strict=True)]
+            begin, end = [t - t // 2 for t in totals], [t // 2 for t in totals]
+        y = np.zeros((x.shape[0], w.shape[1] * groups, *full), x.dtype)
+        split = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+        kernels = w.reshape(groups, -1, *w.shape[1:])
+        for taps in itertools.product(*(range(k) for k in kernel)):
+            values = np.einsum("ngc...,gco->ngo...", split, kernels[(slice(None),) * 3 + taps])
+            where = tuple(
+                slice(t * d, t * d + s * (n - 1) + 1, s) for t, (n, _, s, d, _) in zip(taps, rows, strict=True)
+            )
+            y[(slice(None), slice(None), *where)] += values.reshape(x.shape[0], -1, *x.shape[2:])
+        crop = tuple(slice(b, f - e) for b, e, f in zip(begin, end, full, strict=True))
+        y = y[(slice(None), slice(None), *crop)]
+        return (y if bias is None else y + bias.reshape(-1, *ones),)
+
+
+class LRN(OpRun):
+    """x / (bias + alpha / size * sum of x^2 over a window of channels)^beta (the evaluator's own walks the batch)."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        alpha: float | None = None,
+        beta: float | None = None,
+        bias: float | None = None,
+        size: int | None = None,
+    ) -> tuple[np.ndarray]:
+        width, before = size or 1, ((size or 1) - 1) // 2
+        padded = np.pad(x**2, [(0, 0), (before, width - 1 - before), *[(0, 0)] * (x.ndim - 2)])
+        total = sum(padded[:, k : k + x.shape[1]] for k in range(width))
+        scale = (1.0 if bias is None else bias) + (1e-4 if alpha is None else alpha) / width * total
+        return ((x * scale ** -(0.75 if beta is None else beta)).astype(x.dtype),)
+
+
+class LpNormalization(OpRun):
+    """x over its p-norm (the evaluator's own forgets the absolute value for p = 1)."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, axis: int | None = None, p: int | None = None) -> tuple[np.ndarray]:
+        norm = np.linalg.norm(x, ord=p or 2, axis=-1 if axis is None else axis, keepdims=True)
+        return (np.divide(x, norm, out=np.zeros_like(x), where=norm > 0),)
+
+
+class MeanVarianceNormalization(OpRun):
+    """(x - mean) / (std + 1e-9) (the function ONNX defines holds float32 constants)."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, axes: Sequence[int] | None = None) -> tuple[np.ndarray]:
+        over = tuple(axes or (0, 2, 3))
+        centred = x - x.mean(axis=over, keepdims=True)
+        return ((centred / (x.std(axis=over, keepdims=True) + 1e-9)).astype(x.dtype),)
+
+
+CORRECTED = (ConvTranspose, LRN, LpNormalization, MeanVarianceNormalization)

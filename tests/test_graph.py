@@ -1,0 +1,130 @@
+"""What a graph says about itself: weights, the framework's names, roles."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from gradlint.canonical import Dims, canonicalize
+from gradlint.graph import is_gate, is_head, module, source, split_merged, trainable, weight_uses
+from gradlint.load import from_proto, read
+
+GOLDEN = Path(__file__).parent / "golden"
+HEADER = '<ir_version: 8, opset_import: ["" : 17]>'
+
+
+def load(model: onnx.ModelProto) -> ir.Graph:
+    loaded = from_proto(model, "model", Path("."))
+    canonicalize(loaded, Dims())
+    return loaded.graph
+
+
+def text(body: str, weights: str = "", signature: str = "(float[N, 4] x) => (float[N, 4] y)") -> ir.Graph:
+    return load(onnx.parser.parse_model(f"{HEADER} net {signature} {weights} {{ {body} }}"))
+
+
+def golden(name: str) -> ir.Graph:
+    loaded = read(GOLDEN / f"{name}.onnx").model
+    canonicalize(loaded, Dims())
+    split_merged(loaded)
+    return loaded.graph
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.onnx")), ids=lambda p: p.stem)
+def test_every_parameter_of_pytorch_is_found(path: Path) -> None:
+    keys = [k for k in np.load(path.with_suffix(".npz")).files if k.count(".") > 1]
+    truth = {".".join(k.split(".")[2:]) for k in keys}
+    uses = weight_uses(golden(path.stem))
+    names = {n for u in uses for n in ([u.parameter] if isinstance(u.parameter, str) else u.parameter or [])}
+    assert truth <= names | {u.initializer for u in uses}
+
+
+def test_statistics_settings_and_masks_are_no_weights() -> None:
+    graph = text(
+        """a = BatchNormalization(x, g, b, m, v)
+           c = Pow(a, p)
+           k = Mul(c, mask)
+           y = Clip(k, low)""",
+        """<float[4] g = {1, 1, 1, 1}, float[4] b = {0, 0, 0, 0}, float[4] m = {0, 0, 0, 0}, float[4] v = {1, 1, 1, 1},
+            float[1] p = {2}, float[2, 4] mask = {0, 0, 1, 1, 1, 1, 0, 0}, float low = {-1}>""",
+        "(float[2, 4] x) => (float[2, 4] y)",
+    )
+    assert {v.name for v in graph.initializers.values() if trainable(v)} == {"g", "b"}
+
+
+def test_a_weight_is_seen_through_moves() -> None:
+    graph = text(
+        "t = Transpose<perm = [1, 0]>(w)  y = MatMul(x, t)",
+        "<float[4, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}>",
+    )
+    (use,) = weight_uses(graph)
+    assert (use.initializer, use.layer.op_type, use.index) == ("w", "MatMul", 1)
+
+
+def test_merged_initializers_are_told_apart() -> None:
+    """The exporter keeps one tensor of ones for two norms; each parameter gets its own row again."""
+    shared = ir.tensor(np.ones(4, np.float32), name="ones")
+    value = ir.Value(name="ones", const_value=shared, shape=ir.Shape([4]), type=ir.TensorType(ir.DataType.FLOAT))
+    x = ir.Value(name="x", shape=ir.Shape([2, 4]), type=ir.TensorType(ir.DataType.FLOAT))
+    nodes = []
+    for k in (1, 2):
+        node = ir.node("LayerNormalization", [x if k == 1 else nodes[0].outputs[0], value], name=f"norm{k}")
+        node.metadata_props["pkg.torch.onnx.fx_node"] = f"%n = call(args = (%x, [4], %p_blocks_norm{k}_weight))"
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = f"['', 'blocks.norm{k}', 'layer_norm']"
+        node.outputs[0].dtype = ir.DataType.FLOAT
+        nodes.append(node)
+    graph = ir.Graph([x], [nodes[1].outputs[0]], nodes=nodes, initializers=[value], opset_imports={"": 21})
+    model = ir.Model(graph, ir_version=10)
+    split_merged(model)
+    uses = weight_uses(graph)
+    assert [(u.initializer, u.parameter) for u in uses] == [
+        ("ones", "blocks.norm1.weight"),
+        ("ones", "blocks.norm2.weight"),
+    ]
+    assert uses[0].value is not uses[1].value
+    assert uses[0].value.const_value is uses[1].value.const_value
+
+
+def test_modules_and_source_lines_come_from_the_exporter() -> None:
+    graph = golden("attention")
+    modules = {module(n) for n in graph}
+    assert {"norm", "qkv", "mlp.1"} <= modules
+    lines = {found.line for n in graph if (found := source(n)) is not None}
+    assert lines
+    assert all(found.file == "golden.py" for n in graph if (found := source(n)) is not None)
+
+
+def test_malformed_metadata_is_ignored() -> None:
+    graph = text("y = Relu(x)")
+    (node,) = graph
+    for bad in ("[", "import os", "{'a': 1}", "[1, 2]", "(" * 500):
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = bad
+        node.metadata_props["pkg.torch.onnx.stack_trace"] = bad
+        assert module(node) is None
+        assert source(node) is None
+
+
+GATES = {
+    "silu": ("s = Sigmoid(x)  y = Mul(x, s)", "Sigmoid", True),
+    "squeeze-excite": ("m = ReduceMean(x)  s = Sigmoid(m)  y = Mul(x, s)", "Sigmoid", True),
+    "erf gelu": ("e = Erf(x)  one = Constant<value_float = 1.0>()  a = Add(e, one)  y = Mul(x, a)", "Erf", True),
+    "mish": ("p = Softplus(x)  t = Tanh(p)  y = Mul(x, t)", "Tanh", True),
+    "cell by hand": ("s = Sigmoid(x)  t = Tanh(x)  y = Mul(s, t)", "Tanh", False),
+    "plain": ("s = Sigmoid(x)  y = Relu(s)", "Sigmoid", False),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name: str) -> None:
+    body, op_type, expected = GATES[name]
+    node = next(n for n in text(body) if n.op_type == op_type)
+    assert is_gate(node) is expected
+
+
+def test_heads() -> None:
+    weights = "<float[4, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}>"
+    graph = text("a = Sigmoid(x)  b = MatMul(a, w)  y = Sigmoid(b)", weights)
+    layers = {u.layer for u in weight_uses(graph)}
+    assert [is_head(n, layers) for n in graph if n.op_type == "Sigmoid"] == [False, True]

@@ -55,8 +55,9 @@ def read_data(path: str | Path, inputs: Mapping[str, ir.Value], outputs: tuple[s
         elif name == "target" or name.startswith("target."):
             targets[name.removeprefix("target").removeprefix(".")] = array
         else:
-            near = difflib.get_close_matches(name, [*inputs, "target"], 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            known = {n.lower(): n for n in [*inputs, "target"]}
+            near = difflib.get_close_matches(name.lower(), known, 1)
+            hint = f"; did you mean {known[near[0]]!r}?" if near else ""
             raise DataError(f"{path}: the model has no input {name!r} (inputs: {', '.join(inputs)}){hint}")
     for name in targets:
         if name and name not in outputs:

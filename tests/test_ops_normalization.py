@@ -134,10 +134,10 @@ def test_lp_normalization(p: int, axis: int) -> None:
     check_op("LpNormalization", Activation((8, 12, 10), mean=0.5), p=p, axis=axis)
 
 
-@pytest.mark.parametrize("size", [3, 4, 5])
+@pytest.mark.parametrize("size", [3, 5])
 def test_local_response_normalization(size: int) -> None:
     check_op("LRN", Activation((4, 6, 3, 3), mean=0.5), size=size, alpha=0.05, beta=0.75, bias=1.0)
 
 
 def test_local_response_normalization_has_an_exact_vjp() -> None:
-    check_op("LRN", Activation((4, 6, 3, 3)), size=4, alpha=2.0, beta=0.6, bias=1.5, moments=None, pullback=None)
+    check_op("LRN", Activation((4, 6, 3, 3)), size=3, alpha=2.0, beta=0.6, bias=1.5, moments=None, pullback=None)

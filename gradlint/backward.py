@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +16,34 @@ class Unsupported(Exception):
     """A vjp row meets a case it has no derivative for: the gradient is cut there, and listed."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Where a gradient stopped because an operator has no vjp row: everything before it is unknown, not zero."""
+
+    node: str
+    op_type: str
+
+
 @dataclass
 class Backward:
     """Builds the backward part of a graph. Equal expressions are built once (rows may recompute what others did).
 
     needs: the values whose gradient is wanted or lies on the way to one. byproducts: gradients a row meets on the way,
     by node and name (recurrent layers: "hidden", dL/dh at every step). prefix: starts the name of all that is built.
+    cuts, tainted: where gradients stopped, and the values whose gradient is therefore not whole; reached: the nodes it
+    went through. reverse: differentiates
+    a subgraph (`gradlint.reverse.backward`); outer: the builder of the graph around, which keeps the constants.
     """
 
     mode: str
     needs: set[ir.Value]
+    reverse: Callable[..., tuple[Backward, dict[ir.Value, ir.Value], tuple[Cut, ...]]] | None = None
+    outer: Backward | None = None
+    cuts: list[Cut] = field(default_factory=list)
+    tainted: set[ir.Value] = field(default_factory=set)
+    reached: set[ir.Node] = field(default_factory=set)
+    sent: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)
+    children: int = 0
     nodes: list[ir.Node] = field(default_factory=list)
     prefix: str = "grad"
     _emitted: int = 0
@@ -191,9 +209,13 @@ class Backward:
         """Append what was built since the last time to `graph`."""
         graph.extend(self.nodes[self._emitted :])
         self._emitted = len(self.nodes)
-        for value in self.constants.values():
+        for value in self.constants.values() if self.outer is None else ():
             if value.graph is None:
                 graph.register_initializer(value)
+
+    def send(self, value: ir.Value, g: ir.Value) -> None:
+        """A gradient for a value that the node reads other than as an input: captured by its subgraph."""
+        self.sent.append((value, g))
 
 
 def _padded(term: ir.Value, value: ir.Value) -> tuple[int, int, int] | None:

@@ -16,6 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -169,9 +170,8 @@ def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
-    # The time to import belongs to no model.
-    import gradlint.analysis  # noqa: F401
-
+    # The time to import belongs to no model; what goes wrong with it is told with the first.
+    guarded(lambda: import_module("gradlint.analysis"))
     while True:
         try:
             path, options = pipe.recv()

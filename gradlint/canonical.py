@@ -17,9 +17,12 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from gradlint.exceptions import DataError, ModelError
+from gradlint.expansion import expand
+from gradlint.fused import take_apart
 from gradlint.graph import attribute, op, trainable
 
 TARGET_OPSET = 21
+_SHAPE_LIKE = 64  # elements: more than any shape, pads or axes have
 _FOLD_LIMIT = 1 << 24  # elements of one folded result: beyond that the file is a bomb or folding saves nothing
 
 # Sizes tried, in this order, for dimensions nobody gave: images, then sequences and the rest.
@@ -44,8 +47,11 @@ def canonicalize(
     With `dims` None symbolic dimensions stay symbolic; values named in `keep` survive. Raises ModelError, DataError (a shape that doesn't fit an input).
     """
     common.InlinePass()(model)
+    for graph in (model.graph, *model.graph.subgraphs()):
+        take_apart(graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveInitializersFromInputsPass()(model)
+    _lift_weights(model)
     _name_nodes(model)
     outputs = list(model.graph.outputs)
     kept = [v for n in model.graph for v in n.outputs if v.name in keep and v not in outputs]
@@ -55,6 +61,10 @@ def canonicalize(
         _infer_shapes(model)
     _lift(model)
     _fold(model)
+    while expand(model):
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _infer_shapes(model)
+        _fold(model)
     _remove_identities(model)
     common.RemoveUnusedNodesPass()(model)
     common.AddDefaultAttributesPass()(model)
@@ -76,6 +86,26 @@ def _name_nodes(model: ir.Model) -> None:
             name = f"{base}#{k}"
         seen.add(name)
         node.name = name
+
+
+def _lift_weights(model: ir.Model) -> None:
+    """Weights stored in the body of an If, Loop or Scan move to the main graph: bodies read them from outside.
+
+    Settings stay: shape inference looks for axes and shapes in the body only.
+    """
+    main = model.graph
+    taken = {v.name for v in main.inputs} | {o.name for n in main.all_nodes() for o in n.outputs}
+    for graph in main.subgraphs():
+        for name, value in list(graph.initializers.items()):
+            if value.is_graph_input() or value.is_graph_output() or not trainable(value):
+                continue
+            del graph.initializers[name]
+            unique, k = name, 0
+            while unique in taken or unique in main.initializers:
+                k += 1
+                unique = f"{name}_{k}"
+            value.name = unique
+            main.register_initializer(value)
 
 
 def _remove_identities(model: ir.Model) -> None:
@@ -168,7 +198,11 @@ def _show(shape: ir.Shape) -> str:
 
 
 def _infer_shapes(model: ir.Model) -> bool:
-    """Infer every shape anew; False where the sizes contradict each other (then less is known)."""
+    """Infer every shape anew; False where the sizes contradict each other (then less is known).
+
+    An output of the model keeps the shape it declares where none is inferred.
+    """
+    declared = [(v, v.shape) for v in model.graph.outputs]
     for graph in (model.graph, *model.graph.subgraphs()):
         for node in graph:
             if node.domain in ("", "ai.onnx"):
@@ -184,6 +218,8 @@ def _infer_shapes(model: ir.Model) -> bool:
         common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
     for node in grouped:
         node.op_type = "GroupNormalization"
+    for value, shape in declared:
+        value.shape = value.shape or shape
     return ok and all(
         all(not isinstance(d, int) or d >= 0 for d in o.shape)
         for n in model.graph
@@ -208,7 +244,10 @@ def _fold(model: ir.Model) -> None:
         if any(math.prod(s) > _FOLD_LIMIT for s in sizes if s is not None):
             return False
         bombs = node.op_type in ("Range", "Expand", "Tile", "Pad", "Resize", "ConstantOfShape")
-        return False if bombs and None in sizes else None
+        if bombs and None in sizes:
+            return False
+        small = all(s is not None and math.prod(s) <= _SHAPE_LIKE for s in sizes)
+        return True if small and node.op_type == "ConstantOfShape" else None  # onnxscript leaves it out of itself
 
     for _ in range(8):
         try:

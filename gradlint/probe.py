@@ -30,6 +30,8 @@ from gradlint.transfer import ELEMENTWISE, VJP, derivative
 SCALE = "gradlint.scale"
 _SCALES = (0, 60, 100, -60)  # powers of two the cotangent is tried with
 _SAFE = (1e-24, 1e30)  # sums of squares that float32 holds with full precision
+_SAMPLE = 1 << 16  # elements that shares of an activation or a weight are counted on
+_SMALL = 1 << 12  # elements of a gradient that three reductions would cost more than it does
 _ZERO = 1e-7  # a slope under this is as good as none
 
 
@@ -120,7 +122,7 @@ def probe(
             _tap_value(taps, name, values[name], grads.get(values[name]), batch)
     for name in request.weights:
         if (g := grads.get(values[name])) is not None:
-            _tap_weight(taps, name, g, whole=chunks > 1)
+            _tap_weight(taps, name, values[name], g, whole=chunks > 1)
     for name in request.activations:
         node = next((n for n in graph if n.name == name), None)
         if node is not None and op(node) in ELEMENTWISE and is_float(node.inputs[0]):
@@ -146,7 +148,7 @@ def probe(
     ran = time.perf_counter()
     examples = batch * chunks
     found = _statistics(taps, sums, values, examples if loss != "linear" else 1, batch, chunks)
-    measured = frozenset(str(n.name) for n in graph for o in n.outputs if o in grads)
+    measured = frozenset(str(n.name) for n in b.reached)
     return Probe(*found, examples, cuts, measured, built - started, ran - built)
 
 
@@ -272,14 +274,16 @@ def _tap_value(taps: _Taps, name: str, value: ir.Value, g: ir.Value | None, batc
     shape = dims(value)
     if not is_float(value) or shape is None or value.is_graph_input():
         return
-    taps.add("mean", name, b.op("ReduceMean", value, keepdims=0))
     taps.add("square", name, b.op("ReduceSumSquare", value, keepdims=0))
     axis = batch_axis(shape, batch)
-    if axis is not None and batch > 1:
-        if shape[axis] != batch:
-            value, axis = b.op("Reshape", value, b.constant([batch, -1])), 0
-        average = b.op("ReduceMean", value, b.constant([axis]), keepdims=0)
-        taps.add("common", name, b.op("ReduceSumSquare", average, keepdims=0))
+    if axis is None or batch == 1:
+        taps.add("mean", name, b.op("ReduceMean", value, keepdims=0))
+        return
+    if shape[axis] != batch:
+        value, axis = b.op("Reshape", value, b.constant([batch, -1])), 0
+    average = b.op("ReduceMean", value, b.constant([axis]), keepdims=0)
+    taps.add("mean", name, b.op("ReduceMean", average, keepdims=0))
+    taps.add("common", name, b.op("ReduceSumSquare", average, keepdims=0))
 
 
 def batch_axis(shape: tuple[int, ...], batch: int) -> int | None:
@@ -290,36 +294,61 @@ def batch_axis(shape: tuple[int, ...], batch: int) -> int | None:
     return 0 if shape and batch > 0 and shape[0] % batch == 0 else None
 
 
-def _tap_weight(taps: _Taps, name: str, g: ir.Value, *, whole: bool) -> None:
+def _tap_weight(taps: _Taps, name: str, weight: ir.Value, g: ir.Value, *, whole: bool) -> None:
+    """Squares and absolute values of all elements, the share of zeros on a sample; a small gradient leaves as it is."""
     b = taps.b
-    if whole:
+    if whole or math.prod(dims(weight) or ()) <= _SMALL:
         taps.add("whole", name, g)
         return
     taps.add("wgrad", name, b.op("ReduceSumSquare", g, keepdims=0))
     taps.add("wabs", name, b.op("ReduceL1", g, keepdims=0))
+    size = math.prod(dims(weight) or ())
+    if size > _SAMPLE:
+        g = b.op(
+            "Slice", b.op("Reshape", g, b.constant([-1])), *(b.constant([k]) for k in (0, size, 0, -(-size // _SAMPLE)))
+        )
     zero = b.op("Equal", g, b.scalar(0.0, g), dtype=ir.DataType.BOOL)
     taps.add("wzero", name, b.op("ReduceMean", b.op("Cast", zero, dtype=ir.DataType.FLOAT, to=1), keepdims=0))
 
 
 def _tap_activation(taps: _Taps, name: str, node: ir.Node, unit_axis: int) -> None:
-    """Per unit: mean squared slope, and the shares of saturated and of fully flat slopes."""
+    """Per unit: mean squared slope, and the shares of saturated and of fully flat slopes, on a sample of the positions."""
     b, z = taps.b, node.inputs[0]
     shape = dims(z)
-    if z is None or shape is None:
+    if z is None or not shape:
         return
-    axis = unit_axis % max(1, len(shape)) if shape else 0
-    axes = b.constant([a for a in range(len(shape)) if a != axis])
-    was = b.needs
-    b.needs = was | {z}
-    slopes = VJP[op(node)](b, node, [b.scalar(1.0, z)])[0]
-    b.needs = was
+    axis = unit_axis % len(shape)
+    sample = _some_positions(b, z, shape, axis)
+    attributes = {k: a.value for k, a in node.attributes.items()}
+    sampled = b.op(node.op_type, sample, *node.inputs[1:], domain=node.domain, **attributes).producer()
+    assert sampled is not None
+    b.needs.add(sample)
+    slopes = VJP[op(node)](b, sampled, [b.scalar(1.0, z)])[0]
     if slopes is None:
         return
+    axes = b.constant([a for a in range(len(shape)) if a != axis])
     taps.add("slope", name, b.op("ReduceMean", b.op("Mul", slopes, slopes), axes, keepdims=0))
     steepest = derivative(op(node), node)[2]
     for kind, threshold in (("saturated", FLAT * (steepest or 0.0)), ("flat", _ZERO)):
         low = b.op("Less", b.op("Abs", slopes), b.scalar(threshold, z), dtype=ir.DataType.BOOL)
         taps.add(kind, name, b.op("ReduceMean", b.op("Cast", low, dtype=ir.DataType.FLOAT, to=1), axes, keepdims=0))
+
+
+def _some_positions(b: Backward, z: ir.Value, shape: tuple[int, ...], axis: int) -> ir.Value:
+    """z at evenly spaced positions, all examples and units, so that about _SAMPLE elements remain."""
+    excess = math.prod(shape) / _SAMPLE
+    steps = [1] * len(shape)
+    for a in reversed(range(1, len(shape))):
+        if a != axis and excess > 1:
+            steps[a] = min(shape[a], math.ceil(excess ** (1.0 / max(1, sum(k not in (0, axis) for k in range(a + 1))))))
+            excess /= steps[a]
+    cut = [a for a, step in enumerate(steps) if step > 1]
+    if not cut:
+        return z
+    starts, ends = b.constant([0] * len(cut)), b.constant([shape[a] for a in cut])
+    sample = b.op("Slice", z, starts, ends, b.constant(cut), b.constant([steps[a] for a in cut]))
+    sample.shape = ir.Shape([-(-n // step) for n, step in zip(shape, steps, strict=True)])
+    return sample
 
 
 def _name_outputs(graph: ir.Graph, taps: _Taps) -> None:

@@ -6,6 +6,7 @@ Straight from the definitions in the ONNX operator specification, in the type of
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -96,4 +97,55 @@ class MeanVarianceNormalization(OpRun):
         return ((centred / (x.std(axis=over, keepdims=True) + 1e-9)).astype(x.dtype),)
 
 
-CORRECTED = (ConvTranspose, LRN, LpNormalization, MeanVarianceNormalization)
+class MaxPool(OpRun):
+    """The largest element of each window and its place in the flattened input (the evaluator's own picks others)."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        auto_pad: str | None = None,
+        ceil_mode: int | None = None,
+        dilations: Sequence[int] | None = None,
+        kernel_shape: Sequence[int] | None = None,
+        pads: Sequence[int] | None = None,
+        storage_order: int | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[np.ndarray, ...]:
+        kernel = tuple(kernel_shape or ())
+        rank = len(kernel)
+        strides, dilations = strides or (1,) * rank, dilations or (1,) * rank
+        pads = pads or (0,) * (2 * rank)
+        values, places = x, np.arange(x.size).reshape(x.shape)
+        for axis in range(rank - 1, -1, -1):  # the last axis first: ties go to the first in the order of the taps
+            size, span = x.shape[2 + axis], (kernel[axis] - 1) * dilations[axis] + 1
+            steps = (size + pads[axis] + pads[rank + axis] - span) / strides[axis]
+            count = (math.ceil(steps) if ceil_mode else math.floor(steps)) + 1
+            if (count - 1) * strides[axis] >= size + pads[axis]:  # a window that starts in the padding at the end
+                count -= 1
+            starts = np.arange(count) * strides[axis] - pads[axis]
+            moved, where = np.moveaxis(values, 2 + axis, -1), np.moveaxis(places, 2 + axis, -1)
+            top = np.full((*moved.shape[:-1], count), -np.inf)
+            at = np.full(top.shape, -1)
+            for tap in range(kernel[axis]):
+                reads = starts + tap * dilations[axis]
+                inside = np.flatnonzero((reads >= 0) & (reads < size))
+                better = moved[..., reads[inside]] > top[..., inside]
+                top[..., inside] = np.where(better, moved[..., reads[inside]], top[..., inside])
+                at[..., inside] = np.where(better, where[..., reads[inside]], at[..., inside])
+            values, places = np.moveaxis(top, -1, 2 + axis), np.moveaxis(at, -1, 2 + axis)
+        values = values.astype(x.dtype)
+        return (values, places) if len(self.onnx_node.output) > 1 else (values,)
+
+
+class GlobalMaxPool(OpRun):
+    """The largest element of each channel (the evaluator's own knows images only)."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray) -> tuple[np.ndarray]:
+        return (x.max(axis=tuple(range(2, x.ndim)), keepdims=True),)
+
+
+CORRECTED = (ConvTranspose, MaxPool, GlobalMaxPool)

@@ -10,66 +10,65 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 import gradlint.ops  # noqa: F401  (fills the tables)
-from gradlint.backward import Backward, Unsupported
+from gradlint.backward import Backward, Cut, Unsupported
 from gradlint.canonical import canonicalize
 from gradlint.exceptions import UsageError
 from gradlint.graph import is_float, op, trainable
 from gradlint.load import from_proto, read
+from gradlint.subgraphs import captured, inner
 from gradlint.transfer import BLOCKED, VJP
 
 CUT_KEY = "gradlint.cut"
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Where a gradient stopped because an operator has no vjp row: everything before it is unknown, not zero."""
-
-    node: str
-    op_type: str
-
-
 def backward(
-    graph: ir.Graph, seeds: Mapping[ir.Value, ir.Value], wrt: Iterable[ir.Value], *, mode: str = "eval"
+    graph: ir.Graph,
+    seeds: Mapping[ir.Value, ir.Value],
+    wrt: Iterable[ir.Value],
+    *,
+    mode: str = "eval",
+    outer: Backward | None = None,
 ) -> tuple[Backward, dict[ir.Value, ir.Value], tuple[Cut, ...]]:
     """Emit the backward pass of `graph`, appended to it.
 
     seeds: output value -> its cotangent (in the graph already). Returns the builder, the gradient of each of `wrt` that
-    has a whole one, and the cuts. A value behind a cut, or with no differentiable way to a seed, has no entry.
+    has a whole one, and the cuts. A value behind a cut, or with no differentiable way to a seed, has no entry. For a
+    subgraph `outer` builds the graph around it.
     """
     wanted = list(dict.fromkeys(wrt))
     order = list(graph)
-    b = Backward(mode, _reachable(order, wanted))
+    needs = _reachable(order, wanted)
+    b = Backward(mode, needs, backward) if outer is None else inner(outer, "Subgraph", needs)
     grads: dict[ir.Value, list[ir.Value]] = {v: [g] for v, g in seeds.items()}
-    tainted: set[ir.Value] = set()
-    cuts: list[Cut] = []
     for node in reversed(order):
-        inputs = [v for v in node.inputs if b.wanted(v) and v is not None]
+        inputs = [v for v in (*node.inputs, *captured(node)) if b.wanted(v) and v is not None]
         if not inputs:
             continue
-        spoiled = any(o in tainted for o in node.outputs)
+        spoiled = any(o in b.tainted for o in node.outputs)
         gs = [_total(b, grads, o) for o in node.outputs]
         if spoiled and op(node) not in BLOCKED:
-            tainted.update(inputs)
+            b.tainted.update(inputs)
         if all(g is None for g in gs):
             continue
         back = _pulled(b, node, gs)
         if back is None:
-            tainted.update(v for v in inputs if is_float(v))
-            cuts.append(Cut(str(node.name), op(node)))
+            b.tainted.update(v for v in inputs if is_float(v))
+            b.cuts.append(Cut(str(node.name), op(node)))
             continue
-        for value, g in zip(node.inputs, back, strict=False):
+        b.reached.add(node)
+        for value, g in (*zip(node.inputs, back, strict=False), *b.sent):
             if g is not None and value is not None and b.wanted(value):
                 grads.setdefault(value, []).append(g)
-    found = {v: g for v in wanted if v not in tainted and (g := _total(b, grads, v)) is not None}
+        b.sent.clear()
+    found = {v: g for v in wanted if v not in b.tainted and (g := _total(b, grads, v)) is not None}
     b.emit(graph)
-    return b, found, tuple(reversed(cuts))
+    return b, found, tuple(reversed(b.cuts))
 
 
 def _pulled(b: Backward, node: ir.Node, gs: Sequence[ir.Value | None]) -> Sequence[ir.Value | None] | None:
@@ -85,23 +84,9 @@ def _reachable(order: Sequence[ir.Node], wanted: Sequence[ir.Value]) -> set[ir.V
     """The float values that depend on one of `wanted`."""
     needs = set(wanted)
     for node in order:
-        if any(v in needs for v in node.inputs) or _captures(node, needs):
+        if any(v in needs for v in (*node.inputs, *captured(node))):
             needs.update(o for o in node.outputs if is_float(o) or o.dtype is None)
     return needs
-
-
-def _captures(node: ir.Node, needs: set[ir.Value]) -> bool:
-    """Does a subgraph of this node read one of `needs` from outside?"""
-    graphs = [g for a in node.attributes.values() for g in _graphs(a)]
-    return any(v in needs for g in graphs for n in g.all_nodes() for v in n.inputs) or any(
-        v in needs for g in graphs for v in g.outputs
-    )
-
-
-def _graphs(attr: ir.Attr) -> Sequence[ir.Graph]:
-    if attr.type == ir.AttributeType.GRAPH:
-        return [attr.as_graph()]
-    return list(attr.as_graphs()) if attr.type == ir.AttributeType.GRAPHS else []
 
 
 def _total(b: Backward, grads: dict[ir.Value, list[ir.Value]], value: ir.Value) -> ir.Value | None:
@@ -179,6 +164,8 @@ def default_wrt(graph: ir.Graph) -> list[str]:
 
 def _named_values(graph: ir.Graph) -> dict[str, ir.Value]:
     values = [*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)]
+    for sub in graph.subgraphs():  # their weights are lifted out of them
+        values += [*sub.initializers.values(), *(o for n in sub if op(n) == "Constant" for o in n.outputs)]
     return {str(v.name): v for v in values if v.name and (is_float(v) or v.dtype is None)}
 
 

@@ -1,9 +1,13 @@
 """Activation functions: every row against what the operator does."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from gradlint.domain import Gradient, Moments
+from gradlint.ops.activation import active_share, saturated_share
 from gradlint.testing import Activation, check_op
+from gradlint.transfer import ELEMENTWISE, MOMENTS, PULLBACK, derivative
 
 RNG = np.random.default_rng(2)
 CASES = [
@@ -87,3 +91,62 @@ def test_prelu(slope: tuple[int, ...]) -> None:
 
 def test_prelu_after_a_dense_layer() -> None:
     check_op("PRelu", Activation((64, 7)), RNG.uniform(-0.5, 0.6, 7).astype(np.float32))
+
+
+# -- shares of flat and of active units ----------------------------------------------------------------------------------
+
+
+def _node(op: str, **attributes: float) -> ir.Node:
+    return ir.node(op, [ir.Value(name="z")], attributes)
+
+
+def _normal(mean: float, std: float) -> Moments:
+    return Moments.normal(2, mean, std**2)
+
+
+@pytest.mark.parametrize("op", ["Sigmoid", "Tanh", "HardSigmoid", "Gelu", "Relu", "Softsign", "Elu"])
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.0, 20.0), (-4.0, 1.5), (2.0, 300.0)])
+def test_saturated_share_is_that_of_samples(op: str, mean: float, std: float) -> None:
+    node = _node(op)
+    _, df, top = derivative(op, node)
+    assert top is not None
+    slopes = np.abs(df(np.random.default_rng(6).normal(mean, std, 1_000_000)))
+    found = saturated_share(op, node, _normal(mean, std))
+    np.testing.assert_allclose(found, np.mean(slopes < 0.05 * top), atol=0.01)
+
+
+def test_active_share_of_a_dying_unit() -> None:
+    found = active_share("Relu", _node("Relu"), Moments(np.array([[0.0, -3.0, -6.0]]), *3 * [np.array([[1 / 3]])]))
+    np.testing.assert_allclose(found[0], [0.5, 1.3498980e-3, 9.8658765e-10], rtol=1e-6)
+    assert active_share("LeakyRelu", _node("LeakyRelu"), _normal(-6, 1)) == 1
+
+
+def test_exp_has_no_largest_slope() -> None:
+    assert derivative("Exp", _node("Exp"))[2] is None
+    assert saturated_share("Exp", _node("Exp"), _normal(0, 1)) == 0
+
+
+@pytest.mark.parametrize("op", ["Sigmoid", "Tanh", "Gelu", "Softplus", "Mish", "Elu"])
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 20.0), (30.0, 20.0), (-50.0, 400.0), (0.0, 3.0), (-4.0, 0.3)])
+def test_saturating_units_keep_their_accuracy(op: str, mean: float, std: float) -> None:
+    node, x = _node(op), _normal(mean, std)
+    f, df, _ = derivative(op, node)
+    z = mean + std * np.linspace(-9, 9, 2_000_001)
+    w = np.exp(-0.5 * np.linspace(-9, 9, 2_000_001) ** 2)
+    y = MOMENTS[op](None, node, [x])[0]
+    g = PULLBACK[op](None, node, [x], [y], [Gradient(np.zeros((1, 1)), np.ones((1, 1)))])[0]
+    np.testing.assert_allclose(y.second, np.average(f(z) ** 2, weights=w), rtol=0.02)
+    np.testing.assert_allclose(y.mean, np.average(f(z), weights=w), rtol=0.02, atol=0.01 * np.sqrt(y.second.item()))
+    np.testing.assert_allclose(g.total, np.average(df(z) ** 2, weights=w), rtol=0.02)
+
+
+@pytest.mark.parametrize("op", sorted(ELEMENTWISE))
+def test_no_function_overflows_noisily(op: str) -> None:
+    if op in {"PRelu", "Clip"}:
+        return
+    rule, node, z = ELEMENTWISE[op], _node(op.split(":")[-1]), np.array([-1e5, -800.0, -30.0, 30.0, 800.0, 1e5])
+    with np.errstate(all="raise", under="ignore"):
+        f, df = rule.functions(node)
+        if not rule.positive and op not in {"Exp", "Sinh", "Cosh"}:
+            assert np.isfinite(f(z)).all()
+            assert np.isfinite(df(z)).all()

@@ -54,7 +54,7 @@ def test_of_two_activations(op: str, a: tuple[int, ...], b: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize(("x", "c"), CONSTANTS)
 def test_quotient_with_a_constant(x: tuple[int, ...], c: tuple[int, ...]) -> None:
-    divisor = RNG.uniform(0.5, 2.0, c).astype(np.float32)
+    divisor = RNG.uniform(0.7, 1.5, c).astype(np.float32)
     check_op("Div", Activation(x, mean=0.5), divisor, draws=draws(c))
     check_op("Div", divisor, Activation(x, mean=2.0, std=0.3, low=1.0), draws=draws(c))
 
@@ -92,6 +92,6 @@ def test_power_of_two_activations() -> None:
     check_op("Pow", np.array(1.7, np.float32), Activation((8, 4, 5)), wrt=(1,))
 
 
-@pytest.mark.parametrize("c", [(4, 1, 1), (), (8, 4, 5, 6)])
+@pytest.mark.parametrize("c", [(4, 1, 1), (), (1, 4, 5, 6)])
 def test_mean(c: tuple[int, ...]) -> None:
     check_op("Mean", Activation((8, 4, 5, 6), mean=0.5), normal(*c, mean=0.3), Activation((8, 4, 5, 6)), draws=draws(c))

@@ -269,7 +269,7 @@ arithmetic(
 
 
 def powered(x: Moments, exponent: float) -> Moments:
-    """Moments of |x|^exponent times the mean's sign, x taken as log-normal: exp(e u), u = ln x normal, in closed form."""
+    """Moments of |x|^exponent times the mean's sign, x taken as log-normal (a constant over its positions too)."""
     if not x.var.any():
         with np.errstate(divide="ignore"):
             return Moments.constant(np.sign(x.mean) * np.abs(x.mean) ** exponent)

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from gradlint.domain import Array, Gradient, Moments
 from gradlint.graph import attribute, op
 
-_BETWEEN = frozenset({"Mul", "Div", "Add", "Sub", "Where", "Cast"})  # scale, mask, bias between the logits and softmax
+_BETWEEN = frozenset({"Mul", "Div", "Add", "Sub", "Where", "Cast", "Tanh"})  # scale, mask, bias, cap before softmax
 
 
 # -- which products these are ------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """BatchNormalization, by running statistics or by those of the batch.
 
-A node with training_mode = 1 and momentum = 0 hands out the batch's own mean and (biased) variance as outputs 1 and 2: the
-backward pass reads them instead of computing them again. `to_train_mode` brings nodes into that form.
+A node with training_mode = 1 and momentum = 0 hands out the batch's own mean and (biased) variance as outputs 1 and 2:
+the backward pass reads them instead of computing them again. `to_train_mode` brings nodes into that form.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def to_train_mode(graph: ir.Graph) -> tuple[str, ...]:
 
 def _trains(node: ir.Node, mode: str) -> bool:
     count = _count(node)
-    return bool(attribute(node, "training_mode", 0)) or mode == "train" and (count is None or count >= 2)
+    return bool(attribute(node, "training_mode", 0)) or (mode == "train" and (count is None or count >= 2))
 
 
-# -- the gradient --------------------------------------------------------------------------------------------------------
+# -- the gradient ------------------------------------------------------------------------------------------------------
 
 
 def _axes(node: ir.Node) -> list[int]:
@@ -70,7 +70,7 @@ def _axes(node: ir.Node) -> list[int]:
 
 
 def batch_statistics(b: Backward, node: ir.Node) -> tuple[ir.Value, ir.Value]:
-    """Mean and biased variance per channel: the node's own outputs where they are the batch's, else computed (two passes)."""
+    """Mean and biased variance per channel: the node's own outputs where they are the batch's, else in two passes."""
     if attribute(node, "momentum", 0.9) == 0 and len(node.outputs) == 3:
         return node.outputs[1], node.outputs[2]
     axes = b.constant(_axes(node))
@@ -179,7 +179,7 @@ def _by_batch(
     return (dx, dscale, dbias, *carried)
 
 
-# -- estimates -----------------------------------------------------------------------------------------------------------
+# -- estimates ---------------------------------------------------------------------------------------------------------
 
 
 def _channel(ctx: Context, node: ir.Node, index: int) -> Array | None:

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import onnx_ir as ir
 
-from gradlint.backward import Backward
+from gradlint.backward import Backward, Unsupported
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, dims
 from gradlint.ops.convolution_gradient import (
@@ -336,7 +336,8 @@ def conv_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     assert x is not None
     assert w is not None
     assert g is not None
-    assert rank is not None, "a convolution between values of unknown rank"
+    if rank is None:
+        raise Unsupported
     at = geometry(node, rank)
     found: list[ir.Value | None] = [
         input_gradient(b, g, y, w, x, at) if b.wanted(x) else None,
@@ -377,7 +378,8 @@ def conv_transpose_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     assert x is not None
     assert w is not None
     assert g is not None
-    assert rank is not None, "a convolution between values of unknown rank"
+    if rank is None:
+        raise Unsupported
     at = transpose_geometry(node, rank)
     dx = None
     if b.wanted(x):

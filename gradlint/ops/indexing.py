@@ -1,4 +1,4 @@
-"""Operators that select by index and their inverses: Gather and Scatter families, OneHot, Compress.
+"""Operators that select by index: Gather and GatherElements.
 
 Indices that depend on the model's input are taken as uniform over the rows they select from; constant ones as they are.
 """
@@ -16,10 +16,10 @@ from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, constant_array, dims
 from gradlint.ops.concatenation import along, placed, size_of
 from gradlint.ops.shape import LARGEST, averaged, lifted, parts, resolution
-from gradlint.transfer import Context, row
+from gradlint.transfer import Context, blocks, row
 
 Values = Sequence[ir.Value | None]
-INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
+INT64 = ir.DataType.INT64
 
 # -- Gather ------------------------------------------------------------------------------------------------------------
 
@@ -159,30 +159,44 @@ def gather_bound(
 
 
 def gather_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    """Rows scattered back and added; a single constant index is a slice."""
+    """Constant neighbouring rows are put back by Pad, a permutation by its inverse; others are scattered and added."""
     x, index = node.inputs[:2]
-    g, axis = gs[0], attribute(node, "axis", 0)
+    g = gs[0]
     assert x is not None
     assert index is not None
     assert g is not None
-    axis, size = along(x, axis)
+    axis, size = along(x, attribute(node, "axis", 0))
     ids = constant_array(index)
     if ids is not None and (run := _run(ids, size)) is not None:
         return (_placed_back(b, g, x, axis, *run, ids.ndim), None)
+    if ids is not None and ids.ndim == 1 and size is not None and np.array_equal(np.sort(ids % size), np.arange(size)):
+        return (b.op("Gather", g, b.constant(np.argsort(ids % size)), axis=axis), None)
     rank, spots = (len(v.shape) if v.shape is not None else None for v in (x, index))
     if rank is None or spots is None:
         raise Unsupported("inputs of unknown rank")
-    if axis != 0:
-        order = [*range(axis, axis + spots), *range(axis), *range(axis + spots, rank + spots - 1)]
-        g = b.op("Transpose", g, perm=order)
-    d = _scatter_rows(b, g, x, index, axis, rank)
-    if axis != 0:
-        d = b.op("Transpose", d, perm=[*range(1, axis + 1), 0, *range(axis + 1, rank)])
-    return (d, None)
+    if spots == 0:
+        g = b.op("Unsqueeze", g, b.constant([axis]))
+    elif spots > 1:
+        sizes = [b.constant([-1]) if k == axis else size_of(b, x, k) for k in range(rank)]
+        known = dims(x)
+        shape = b.op("Concat", *sizes, axis=0) if known is None else b.constant([*known[:axis], -1, *known[axis + 1 :]])
+        g = b.op("Reshape", g, shape)
+    flat = b.op("Reshape", index, b.constant([-1 if k == axis else 1 for k in range(rank)]))
+    return (scattered(b, g, b.shape(x), flat, axis), None)
+
+
+def scattered(b: Backward, g: ir.Value, shape: ir.Value, index: ir.Value, axis: int) -> ir.Value:
+    """Zeros of `shape` plus g's slices along `axis` at `index` (which broadcasts to g), repeated ones added.
+
+    By ScatterElements: onnxruntime's ScatterND loses updates of repeated indices when it runs on several threads.
+    """
+    zeros = b.op("Expand", b.scalar(0.0, g), shape)
+    wide = b.op("Expand", index, b.op("Shape", g, dtype=INT64))
+    return b.op("ScatterElements", zeros, wide, g, axis=axis, reduction="add")
 
 
 def _run(ids: np.ndarray, size: int | None) -> tuple[int, int] | None:
-    """(first, count) where constant ids are consecutive rows, counted from the front."""
+    """(first, count) where constant ids are consecutive rows, counted from the front where the size is known."""
     if ids.ndim > 1 or ids.size == 0:
         return None
     flat = np.atleast_1d(ids).astype(np.int64)
@@ -206,18 +220,6 @@ def _placed_back(b: Backward, g: ir.Value, x: ir.Value, axis: int, first: int, c
     return b.op("Pad", g, b.op("Concat", start, end, axis=0), None, b.constant([axis]))
 
 
-def _scatter_rows(b: Backward, g: ir.Value, x: ir.Value, index: ir.Value, axis: int, rank: int) -> ir.Value:
-    """Zeros shaped like x with `axis` in front, plus the rows g at `index`."""
-    shape = dims(x)
-    if shape is not None:
-        front = b.constant([shape[axis], *shape[:axis], *shape[axis + 1 :]])
-    else:
-        order = b.constant([axis, *range(axis), *range(axis + 1, rank)])
-        front = b.op("Gather", b.shape(x), order)
-    zeros = b.op("Expand", b.scalar(0.0, g), front)
-    return b.op("ScatterND", zeros, b.op("Unsqueeze", index, b.constant([-1])), g, reduction="add")
-
-
 row(
     "Gather",
     moments=gather_moments,
@@ -226,3 +228,83 @@ row(
     bound=gather_bound,
     vjp=gather_vjp,
 )
+
+
+# -- GatherElements ----------------------------------------------------------------------------------------------------
+
+
+def _lead(a: Array, sizes: Sequence[int], axis: int) -> Array:
+    """Averaged along `axis`, cut to the index's size along the others."""
+    a = a.mean(axis=axis, keepdims=True)
+    return a[tuple(slice(0, n) if a.shape[k] > 1 else slice(None) for k, n in enumerate(sizes))]
+
+
+def elements_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    """Any element along the axis: described by its average."""
+    picked = dims(node.inputs[1])
+    if xs[0] is None or picked is None:
+        return (None,)
+    axis = attribute(node, "axis", 0) % len(picked)
+    return (averaged(xs[0].map(lambda a: lifted(a, len(picked))), (axis,)).map(lambda a: _lead(a, picked, axis)),)
+
+
+def elements_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
+    """Between the extremes of all elements."""
+    return (None if xs[0] is None else extremes(xs[0], len(node.outputs[0].shape or ())),)
+
+
+def extremes(box: Range, rank: int) -> Range:
+    return Range(np.full((1,) * rank, box.lo.min()), np.full((1,) * rank, box.hi.max()))
+
+
+def elements_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    """Indices taken as uniform along the axis: every element gets its share of the places, added incoherently."""
+    shape, picked = dims(node.inputs[0]), dims(node.inputs[1])
+    if gs[0] is None or shape is None or picked is None or 0 in shape:
+        return (None, None)
+    axis = attribute(node, "axis", 0) % len(shape)
+    total = lifted(gs[0].total, len(shape)).mean(axis=axis, keepdims=True) * (picked[axis] / shape[axis])
+    for k, (n, m) in enumerate(zip(shape, picked, strict=True)):
+        if k != axis and total.shape[k] > 1:
+            total = np.pad(total, [(0, n - m if i == k else 0) for i in range(len(shape))])
+        elif k != axis:
+            total = total * (m / n)
+    return (Gradient(np.zeros_like(total), total), None)
+
+
+def elements_bound(
+    ctx: Context, node: ir.Node, xs: Sequence[Range | None], ys: Sequence[Range | None]
+) -> Sequence[float | None]:
+    """sqrt of how often one element may be selected."""
+    picked = dims(node.inputs[1])
+    if picked is None:
+        return (None, None)
+    return (math.sqrt(picked[attribute(node, "axis", 0) % len(picked)]), None)
+
+
+def elements_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
+    x, index = node.inputs[:2]
+    assert x is not None
+    zeros = b.op("Expand", b.scalar(0.0, x), b.shape(x))
+    return (b.op("ScatterElements", zeros, index, gs[0], axis=attribute(node, "axis", 0), reduction="add"), None)
+
+
+row(
+    "GatherElements",
+    moments=elements_moments,
+    range=elements_range,
+    pullback=elements_pullback,
+    bound=elements_bound,
+    vjp=elements_vjp,
+)
+
+
+# -- no gradient -------------------------------------------------------------------------------------------------------
+
+blocks("NonZero", "Unique", "NonMaxSuppression")

@@ -1,11 +1,9 @@
-"""Normalisation within an example: Layer, RMS, Instance and Group normalisation, plain or fused with a sum."""
+"""Normalisation within an example: Layer, RMS, Instance and Group normalisation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,27 +17,7 @@ from gradlint.transfer import Context, product, row, summed
 Values = Sequence[ir.Value | None]
 
 
-# -- over the last axes: LayerNormalization, RMSNormalization ------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Form:
-    """Which inputs an operator of this kind has, by index.
-
-    addends: summed first (the fused operators' skip and bias); scale, bias: applied last; total: the output that hands
-    out the sum. centre: is the mean taken away?
-    """
-
-    centre: bool
-    scale: int = 1
-    bias: int | None = 2
-    addends: tuple[int, ...] = ()
-    total: int | None = None
-    epsilon: float = 1e-5
-
-
-def _at(node: ir.Node, index: int | None) -> ir.Value | None:
-    return node.inputs[index] if index is not None and index < len(node.inputs) else None
+# -- over the last axes: LayerNormalization, RMSNormalization ----------------------------------------------------------
 
 
 def _last_axes(node: ir.Node) -> tuple[int, ...]:
@@ -50,152 +28,93 @@ def _last_axes(node: ir.Node) -> tuple[int, ...]:
     return tuple(range(attribute(node, "axis", -1) % rank, rank))
 
 
-def _sum_of(form: Form, xs: Sequence[Moments | None], node: ir.Node) -> Moments | None:
-    """The sum of the addends' moments, taken as independent."""
-    total = xs[0]
-    for k in form.addends:
-        if _at(node, k) is None:
-            continue
-        other = xs[k]
-        if total is None or other is None:
-            return None
-        other = other.map(lambda a: a.reshape((1,) * (total.mean.ndim - a.ndim) + a.shape))  # noqa: B023
-        total = Moments(
-            total.mean + other.mean, total.fixed + other.fixed, total.shared + other.shared, total.local + other.local
-        )
-    return total
+def _centres(node: ir.Node) -> bool:
+    """Is the mean taken away?"""
+    return node.op_type != "RMSNormalization"
 
 
-def _last_rows(form: Form) -> dict[str, Any]:
-    """The five rows of y = gamma (x - mean) / sqrt(var + eps) + beta over the last axes."""
-
-    def moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
-        """Units keep their own means and variances relative to the row's; the row has second moment 1."""
-        x, gamma, shape = _sum_of(form, xs, node), ctx.array(_at(node, form.scale)), dims(node.inputs[0])
-        if x is None or gamma is None or shape is None:
-            return (None,) * len(node.outputs)
-        beta = 0.0 if _at(node, form.bias) is None else ctx.array(_at(node, form.bias))
-        over = group(x, shape, _last_axes(node))
-        s = standardize(x, over, attribute(node, "epsilon", form.epsilon), centre=form.centre)
-        y = None if beta is None else s.y.scaled(gamma.astype(np.float64), beta)
-        return [y if k == 0 else x if k == form.total else None for k in range(len(node.outputs))]
-
-    def pullback(
-        ctx: Context,
-        node: ir.Node,
-        xs: Sequence[Moments | None],
-        ys: Sequence[Moments | None],
-        gs: Sequence[Gradient | None],
-    ) -> Sequence[Gradient | None]:
-        x, gamma, shape, g = _sum_of(form, xs, node), ctx.array(_at(node, form.scale)), dims(node.inputs[0]), gs[0]
-        found: list[Gradient | None] = [None] * len(node.inputs)
-        through = None if form.total is None or form.total >= len(gs) else gs[form.total]
-        if x is None or gamma is None or shape is None or (g is None and through is None):
-            return found
-        axes, y = _last_axes(node), node.outputs[0]
-        dx = through
-        if g is not None:
-            over = group(x, shape, axes)
-            s = standardize(x, over, attribute(node, "epsilon", form.epsilon), centre=form.centre)
-            factor = gamma.astype(np.float64).reshape((1,) * (len(shape) - gamma.ndim) + gamma.shape)
-            back = project(weighted(g, factor, axes), s, over, centre=form.centre)
-            dx = back if dx is None else dx + back
-            found[form.scale] = summed(ctx, product(g, s.y), y, gamma.shape, constant=True)
-            if form.bias is not None and (bias := dims(_at(node, form.bias))) is not None:
-                found[form.bias] = summed(ctx, g, y, bias, constant=True)
-        found[0] = dx
-        for k in form.addends:
-            small = dims(_at(node, k))
-            if small is not None and dx is not None:
-                found[k] = summed(ctx, dx, y, small, constant=not ctx.varies(node.inputs[k]))
-        return found
-
-    def range_(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
-        """|y| <= |gamma| sqrt(D) + |beta|: no element is larger than the norm of its row."""
-        x = node.inputs[0]
-        assert x is not None
-        return (_unit_range(ctx, node, form, dims(x), _last_axes(node)),)
-
-    def bound(
-        ctx: Context, node: ir.Node, xs: Sequence[Range | None], ys: Sequence[Range | None]
-    ) -> Sequence[float | None]:
-        """Towards what is normalised: max |gamma| / sqrt(eps), which the projections only lower."""
-        most = _steepest(ctx, node, form)
-        inputs = (0, *form.addends)
-        plain = form.total is None or len(node.outputs) <= form.total
-        return [most if k in inputs and plain else None for k in range(len(node.inputs))]
-
-    def vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-        return _last_vjp(b, node, gs, form)
-
-    return {"moments": moments, "pullback": pullback, "range": range_, "bound": bound, "vjp": vjp}
+def _bias(node: ir.Node) -> ir.Value | None:
+    return node.inputs[2] if len(node.inputs) > 2 else None
 
 
-def _unit_range(
-    ctx: Context, node: ir.Node, form: Form, shape: tuple[int, ...] | None, axes: tuple[int, ...]
-) -> Range | None:
-    gamma, beta = ctx.array(_at(node, form.scale)), ctx.array(_at(node, form.bias))
-    if shape is None or gamma is None or (beta is None and _at(node, form.bias) is not None):
-        return None
-    one = (1,) * len(shape)
-    reach = np.abs(gamma.astype(np.float64)) * math.sqrt(math.prod(shape[a] for a in axes)) * (1 + 1e-5) * np.ones(one)
-    centre = np.zeros(one) if beta is None else beta.astype(np.float64)
-    return Range(centre - reach, centre + reach)
+def last_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    """Units keep their own means and variances relative to the row's; the row has second moment 1."""
+    none = (None,) * (len(node.outputs) - 1)
+    x, gamma, shape, beta = xs[0], ctx.array(node.inputs[1]), dims(node.inputs[0]), _bias(node)
+    shift = 0.0 if beta is None else ctx.array(beta)
+    if x is None or gamma is None or shape is None or shift is None:
+        return (None, *none)
+    over = group(x, shape, _last_axes(node))
+    s = standardize(x, over, attribute(node, "epsilon", 1e-5), centre=_centres(node))
+    return (s.y.scaled(gamma.astype(np.float64), shift), *none)
 
 
-def _steepest(ctx: Context, node: ir.Node, form: Form) -> float | None:
-    gamma, eps = ctx.array(_at(node, form.scale)), attribute(node, "epsilon", form.epsilon)
-    return None if gamma is None or eps <= 0 else float(np.abs(gamma).max()) / math.sqrt(eps)
+def last_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    x, gamma, shape, g = xs[0], ctx.array(node.inputs[1]), dims(node.inputs[0]), gs[0]
+    if x is None or gamma is None or shape is None or g is None:
+        return (None,) * len(node.inputs)
+    axes, y = _last_axes(node), node.outputs[0]
+    over = group(x, shape, axes)
+    s = standardize(x, over, attribute(node, "epsilon", 1e-5), centre=_centres(node))
+    factor = gamma.astype(np.float64).reshape((1,) * (len(shape) - gamma.ndim) + gamma.shape)
+    dx = project(weighted(g, factor, axes), s, over, centre=_centres(node))
+    dgamma = summed(ctx, product(g, s.y), y, gamma.shape, constant=True)
+    bias = dims(_bias(node))
+    return (dx, dgamma, None if bias is None else summed(ctx, g, y, bias, constant=True))
 
 
-def _last_vjp(b: Backward, node: ir.Node, gs: Values, form: Form) -> Values:
-    """dx = rate (g gamma - mean(g gamma) - xhat mean(g gamma xhat)); dgamma = sum of g xhat; dbeta = sum of g.
+def last_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
+    """|y| <= |gamma| sqrt(D) + |beta|: no element is larger than the norm of its row."""
+    shape, gamma, beta = dims(node.inputs[0]), ctx.array(node.inputs[1]), ctx.array(_bias(node))
+    if shape is None or gamma is None or (beta is None and _bias(node) is not None):
+        return (None,)
+    size = math.prod(shape[a] for a in _last_axes(node))
+    reach = np.abs(gamma.astype(np.float64)) * math.sqrt(size) * (1 + 1e-5) * np.ones((1,) * len(shape))
+    centre = np.zeros_like(reach) if beta is None else beta.astype(np.float64)
+    return (Range(centre - reach, centre + reach),)
 
-    Mean and 1/sqrt(var + eps), where they are outputs, add their own: 1/D and -xhat rate^2 / D.
-    """
-    x, scale, bias = node.inputs[0], _at(node, form.scale), _at(node, form.bias)
-    found: list[ir.Value | None] = [None] * len(node.inputs)
+
+def steepest(
+    ctx: Context, node: ir.Node, xs: Sequence[Range | None], ys: Sequence[Range | None]
+) -> Sequence[float | None]:
+    """max |gamma| / sqrt(eps), which the projections only lower."""
+    gamma, eps = ctx.array(node.inputs[1]), attribute(node, "epsilon", 1e-5)
+    none = (None,) * (len(node.inputs) - 1)
+    return (None if gamma is None or eps <= 0 else float(np.abs(gamma).max()) / math.sqrt(eps), *none)
+
+
+def last_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
+    """dx = rate (g gamma - mean(g gamma) - xhat mean(g gamma xhat)); dgamma = sum of g xhat; dbeta = sum of g."""
+    x, scale, g = node.inputs[0], node.inputs[1], gs[0]
+    bias = _bias(node)
     assert x is not None
     assert scale is not None
-    g, through = gs[0], gs[form.total] if form.total is not None and form.total < len(gs) else None
-    axes, addends = _last_axes(node), [v for k in form.addends if (v := _at(node, k)) is not None]
-    wants = b.wanted(x) or any(b.wanted(v) for v in addends)
-    total, shape = x, x.shape
-    for addend in addends:
-        total = b.op("Add", total, addend)
-        total.shape = shape
-    y, rate = standardized(b, total, axes, attribute(node, "epsilon", form.epsilon), centre=form.centre)
-    dx = through
-    if g is not None:
-        p = b.op("Mul", g, y) if wants or b.wanted(scale) else None
-        if wants and p is not None:
-            back = projected(b, b.op("Mul", g, scale), b.op("Mul", p, scale), y, rate, axes, centre=form.centre)
-            dx = back if dx is None else b.op("Add", dx, back)
-        if b.wanted(scale) and p is not None:
-            found[form.scale] = b.unbroadcast(p, scale, node.outputs[0])
-        if bias is not None and b.wanted(bias):
-            assert form.bias is not None
-            found[form.bias] = b.unbroadcast(g, bias, node.outputs[0])
-    if wants and form.total is None:
-        dx = _statistics_vjp(b, gs, dx, y, rate, axes)
-    found[0] = dx
-    for k in form.addends:
-        v = _at(node, k)
-        if v is not None and b.wanted(v) and dx is not None:
-            found[k] = b.unbroadcast(dx, v, node.outputs[0])
-    return found
+    axes, dx, dscale = _last_axes(node), None, None
+    y, rate = standardized(b, x, axes, attribute(node, "epsilon", 1e-5), centre=_centres(node))
+    if g is not None and (b.wanted(x) or b.wanted(scale)):
+        p = b.op("Mul", g, y)
+        if b.wanted(x):
+            dx = projected(b, b.op("Mul", g, scale), b.op("Mul", p, scale), y, rate, axes, centre=_centres(node))
+        dscale = b.unbroadcast(p, scale, node.outputs[0]) if b.wanted(scale) else None
+    dbias = None
+    if g is not None and bias is not None and b.wanted(bias):
+        dbias = b.unbroadcast(g, bias, node.outputs[0])
+    return _statistics_vjp(b, gs, dx, y, rate) if b.wanted(x) else None, dscale, dbias
 
 
-def _statistics_vjp(
-    b: Backward, gs: Values, dx: ir.Value | None, y: ir.Value, rate: ir.Value, axes: Sequence[int]
-) -> ir.Value | None:
-    """What the gradients of LayerNormalization's outputs Mean and InvStdDev add."""
-    gm, gr = (*gs[1:], None, None)[:2]
-    for g in (gm, gr):
+def _statistics_vjp(b: Backward, gs: Values, dx: ir.Value | None, y: ir.Value, rate: ir.Value) -> ir.Value | None:
+    """What the gradients of the outputs Mean (1/D at every element) and InvStdDev (-xhat rate^2 / D) add."""
+    for k, g in enumerate(gs[1:3]):
         if g is None:
             continue
         share = b.op("Div", g, elements(b, y, rate))
-        if g is gm:
+        if k == 0:
             term = b.op("Expand", share, b.op("Shape", y, dtype=ir.DataType.INT64))
         else:
             term = b.op("Neg", b.op("Mul", y, b.op("Mul", share, b.op("Mul", rate, rate))))
@@ -203,21 +122,11 @@ def _statistics_vjp(
     return dx
 
 
-LAYER = Form(centre=True)
-RMS = Form(centre=False, bias=None)
-SKIP_LAYER = Form(centre=True, scale=2, bias=3, addends=(1, 4), total=3, epsilon=1e-12)
-SKIP_RMS = Form(centre=False, scale=2, bias=None, addends=(1, 3), total=3, epsilon=1e-12)
-for _op, _form in (
-    ("LayerNormalization", LAYER),
-    ("RMSNormalization", RMS),
-    ("SimplifiedLayerNormalization", RMS),
-    ("com.microsoft:SkipLayerNormalization", SKIP_LAYER),
-    ("com.microsoft:SkipSimplifiedLayerNormalization", SKIP_RMS),
-):
-    row(_op, **_last_rows(_form))
+for _op in ("LayerNormalization", "RMSNormalization"):
+    row(_op, moments=last_moments, range=last_range, pullback=last_pullback, bound=steepest, vjp=last_vjp)
 
 
-# -- over positions and groups of channels: InstanceNormalization, GroupNormalization -----------------------------------
+# -- over positions and groups of channels: InstanceNormalization, GroupNormalization ----------------------------------
 
 
 def _groups(node: ir.Node) -> int | None:
@@ -295,13 +204,6 @@ def group_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequ
     return (Range(beta - reach, beta + reach),)
 
 
-def group_bound(
-    ctx: Context, node: ir.Node, xs: Sequence[Range | None], ys: Sequence[Range | None]
-) -> Sequence[float | None]:
-    """max |gamma| / sqrt(eps)."""
-    return (_steepest(ctx, node, LAYER), None, None)
-
-
 def group_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     """As LayerNormalization, over the rows of (N, groups, elements of a group); gamma and beta per channel."""
     x, scale, bias = node.inputs
@@ -332,4 +234,4 @@ def group_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
 
 
 for _op in ("InstanceNormalization", "GroupNormalization"):
-    row(_op, moments=group_moments, range=group_range, pullback=group_pullback, bound=group_bound, vjp=group_vjp)
+    row(_op, moments=group_moments, range=group_range, pullback=group_pullback, bound=steepest, vjp=group_vjp)

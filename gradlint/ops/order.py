@@ -26,7 +26,7 @@ _TABLE = 1 << 22  # numbers in one table of distribution functions: beyond that 
 blocks("ArgMax", "ArgMin")
 
 
-# -- the distribution of an extreme --------------------------------------------------------------------------------------
+# -- the distribution of an extreme ------------------------------------------------------------------------------------
 
 
 def _flat(r: Reduction, a: Array, common: tuple[int, ...]) -> Array:
@@ -47,8 +47,8 @@ def _unflat(r: Reduction, a: Array, common: tuple[int, ...], *, reduced: bool) -
 def _extreme(mean: Array, var: Array, copies: float) -> tuple[Array, Array, Array]:
     """The largest of independent normals (rows: cases, columns: units, each `copies` times).
 
-    Its mean and variance, and the chance that it is one of a unit's: integrals over its distribution function, the product
-    of theirs.
+    Its mean and variance, and the chance that it is one of a unit's: integrals over its distribution function, which is
+    the product of theirs.
     """
     if mean.size * _CELLS > _TABLE:
         second = (var + mean**2).mean(axis=1, keepdims=True)
@@ -157,7 +157,7 @@ for _op in ("ReduceMax", "ReduceMin"):
     )
 
 
-# -- TopK ----------------------------------------------------------------------------------------------------------------
+# -- TopK --------------------------------------------------------------------------------------------------------------
 
 
 def _order_statistics(n: int, k: int) -> tuple[Array, Array]:

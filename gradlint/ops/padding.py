@@ -1,4 +1,4 @@
-"""What surrounds, masks or reorders along an axis: Pad, CenterCropPad, Trilu, ReverseSequence, Col2Im."""
+"""What surrounds, masks or reorders along an axis: Pad, CenterCropPad, Trilu, ReverseSequence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from gradlint.backward import Backward, Unsupported
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, constant_array, dims
 from gradlint.ops.concatenation import INT64, along, resized, size_of
-from gradlint.ops.shape import LARGEST, averaged, lifted, move_bound, parts, reshape_like, resolution, rest
+from gradlint.ops.indexing import scattered
+from gradlint.ops.shape import LARGEST, averaged, lifted, move_bound, parts, resolution, rest
 from gradlint.ops.slicing import reversed_along
 from gradlint.transfer import Context, row
 
@@ -233,12 +234,9 @@ def _folded_at_run(
     count = b.op("Squeeze", size, b.constant([0]))
     zero, one = b.constant(0), b.constant(1)
     indices = b.op("Pad", b.op("Range", zero, count, one), b.constant(list(pads)), None, None, mode=mode)
-    order = [axis, *(k for k in range(rank) if k != axis)]
-    front = b.op("Transpose", g, perm=order)
-    others = b.op("Shape", front, dtype=INT64, start=1)
-    zeros = b.op("Expand", b.scalar(0.0, g), b.op("Concat", size, others, axis=0))
-    rows = b.op("ScatterND", zeros, b.op("Unsqueeze", indices, b.constant([-1])), front, reduction="add")
-    return b.op("Transpose", rows, perm=[int(k) for k in np.argsort(order)])
+    sizes = [size if k == axis else b.op("Shape", g, dtype=INT64, start=k, end=k + 1) for k in range(rank)]
+    column = b.op("Reshape", indices, b.constant([-1 if k == axis else 1 for k in range(rank)]))
+    return scattered(b, g, b.op("Concat", *sizes, axis=0), column, axis)
 
 
 row("Pad", moments=pad_moments, range=pad_range, pullback=pad_pullback, bound=pad_bound, vjp=pad_vjp)
@@ -390,80 +388,3 @@ row(
     bound=move_bound,
     vjp=reverse_vjp,
 )
-
-
-# -- Col2Im ------------------------------------------------------------------------------------------------------------
-
-
-def _overlap(ctx: Context, node: ir.Node) -> tuple[int, Array, float] | None:
-    """(elements of a block, blocks that meet in each pixel, the share of the blocks' elements inside the image)."""
-    dst, block = dims(node.outputs[0]), ctx.array(node.inputs[2])
-    if dst is None or block is None:
-        return None
-    space = len(block)
-    strides, dilations = (attribute(node, k) or [1] * space for k in ("strides", "dilations"))
-    pads = attribute(node, "pads") or [0] * 2 * space
-    counts, share = np.ones(()), 1.0
-    for k, (n, size) in enumerate(zip(dst[2:], (int(s) for s in block), strict=True)):
-        offsets = np.arange(size) * dilations[k]
-        starts = np.arange(0, n + pads[k] + pads[k + space] - offsets[-1], strides[k]) - pads[k]
-        spots = np.add.outer(starts, offsets)
-        inside = spots[(spots >= 0) & (spots < n)]
-        counts = np.multiply.outer(counts, np.bincount(inside, minlength=n))
-        share *= inside.size / spots.size
-    return int(np.prod(block)), counts, share
-
-
-def _by_channel(a: Array, size: int, rank: int) -> Array:
-    """(1, C * block, 1) averaged over the block: (1, C, 1, 1)."""
-    a = a.mean(axis=2, keepdims=True)
-    if a.shape[1] > 1:
-        a = a.reshape(a.shape[0], -1, size).mean(axis=2, keepdims=True)
-    return a.reshape(*a.shape[:2], *(1,) * (rank - 2))
-
-
-def col2im_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
-    """Blocks add up as independent; how many meet differs by pixel: the average, with the spread as `fixed`."""
-    overlap, rank = _overlap(ctx, node), len(node.outputs[0].shape or ())
-    if xs[0] is None or overlap is None:
-        return (None,)
-    size, counts, _ = overlap
-    x = xs[0].map(lambda a: _by_channel(a, size, rank))
-    times = float(counts.mean())
-    fixed = x.fixed * times + x.mean**2 * float(counts.var())
-    return (Moments(x.mean * times, fixed, x.shared * times, x.local * times),)
-
-
-def col2im_pullback(
-    ctx: Context,
-    node: ir.Node,
-    xs: Sequence[Moments | None],
-    ys: Sequence[Moments | None],
-    gs: Sequence[Gradient | None],
-) -> Sequence[Gradient | None]:
-    """Each element shows one pixel, or lies in the padding."""
-    overlap = _overlap(ctx, node)
-    if gs[0] is None or overlap is None:
-        return (None, None, None)
-    size, _, share = overlap
-    g = gs[0].map(lambda a: a.mean(axis=tuple(range(2, a.ndim)), keepdims=True).reshape(*a.shape[:2], 1))
-    return (g.map(lambda a: np.repeat(a, size, axis=1) if a.shape[1] > 1 else a).scaled(share), None, None)
-
-
-def col2im_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    """Blocks cut out of the image: a convolution of each channel with one unit kernel per element of the block."""
-    x, y, g = node.inputs[0], node.outputs[0], gs[0]
-    assert x is not None
-    assert g is not None
-    block = constant_array(node.inputs[2])
-    if block is None or y.shape is None:
-        raise Unsupported("a block shape that depends on the input")
-    size = int(np.prod(block))
-    settings = {k: attribute(node, k) for k in ("strides", "pads", "dilations")}
-    image = b.op("Concat", b.constant([-1, 1]), b.op("Shape", g, dtype=INT64, start=2), axis=0)
-    kernel = b.constant(np.eye(size).reshape(size, 1, *block), g.dtype.numpy() if g.dtype is not None else np.float32)
-    blocks = b.op("Conv", b.op("Reshape", g, image), kernel, **settings)
-    return (reshape_like(b, blocks, x), None, None)
-
-
-row("Col2Im", moments=col2im_moments, pullback=col2im_pullback, vjp=col2im_vjp)

@@ -194,7 +194,7 @@ def rnn_back(d: Direction) -> Found:
         dz = s.op("Mul", dh, at[1])
         return [_stay(s, s.op("MatMul", dz, d.r), dh, at[2:])], [dz, dh]
 
-    (dh0,), (dz, hidden) = scan(b, step, [d.dh], [d.keep(d.dy), gate, *_mask(d)])
+    (dh0,), (dz, hidden) = scan(b, step, [d.dh], [d.keep(d.dy), gate, *_mask(d)], 2)
     flat = d.rows(dz)
     db = b.op("ReduceSum", flat, b.constant([0]), keepdims=0)
     dr = b.op("Gemm", flat, d.rows(d.before), transA=1)
@@ -243,7 +243,7 @@ def lstm_back(d: Direction) -> Found:
         return [_stay(s, s.op("MatMul", dz, d.r), dh, mask), s.op("Mul", dc, keep)], [dz, dh]
 
     start = d.dc if d.dc is not None else b.op("Mul", d.dh, b.scalar(0.0, d.dh))
-    (dh0, dc0), (dz, hidden) = scan(b, step, [d.dh, start], [d.keep(d.dy), gates, into_c, through, *_mask(d)])
+    (dh0, dc0), (dz, hidden) = scan(b, step, [d.dh, start], [d.keep(d.dy), gates, into_c, through, *_mask(d)], 2)
     flat = d.rows(dz)
     db = b.op("ReduceSum", flat, b.constant([0]), keepdims=0)
     dr = b.op("Gemm", flat, d.rows(d.before), transA=1)
@@ -289,7 +289,7 @@ def _cells(
     else:
         each, run = [zi, zf, cell], peeping
     ordered = [flip(b, d.steps(v)) for v in each]
-    _, (states,) = scan(b, run, [d.c0], ordered)
+    _, (states,) = scan(b, run, [d.c0], ordered, 2)
     states.shape = d.y.shape
     c = flip(b, states)
     return d.rows(c), d.rows(_shifted(b, c, d.c0))
@@ -337,7 +337,7 @@ def gru_back(d: Direction) -> Found:
             dz = s.op("Mul", s.op("Concat", dh, dh, dh, axis=1), at[1])
             return [s.op("Add", s.op("Mul", dh, at[2]), s.op("MatMul", dz, d.r))], [dz, dh]
 
-        (dh0,), (dz, hidden) = scan(b, step, [d.dh], [d.keep(d.dy), gates, through])
+        (dh0,), (dz, hidden) = scan(b, step, [d.dh], [d.keep(d.dy), gates, through], 2)
         flat = d.rows(dz)
         d_zr, _ = split(b, flat, [2 * size, size])
         dn = b.op("Mul", d.rows(d.keep(hidden)), to_n)
@@ -357,7 +357,7 @@ def gru_back(d: Direction) -> Found:
             back = s.op("Add", s.op("Mul", dh, keep), s.op("Mul", dq, reset))
             return [s.op("Add", back, s.op("MatMul", dzr, r_zr))], [dzr, dn, dh]
 
-        (dh0,), (dzr, dn, hidden) = scan(b, step, [d.dh], [d.keep(d.dy), gates, through, *extra])
+        (dh0,), (dzr, dn, hidden) = scan(b, step, [d.dh], [d.keep(d.dy), gates, through, *extra], 2)
         d_zr, dn = d.rows(dzr), d.rows(dn)
         dr = b.op("Concat", b.op("Gemm", d_zr, h, transA=1), b.op("Gemm", dn, reset, transA=1), axis=0)
         into_r = None

@@ -17,7 +17,7 @@ from gradlint.transfer import Context, apply_moments, row
 Values = Sequence[ir.Value | None]
 
 
-# -- MeanVarianceNormalization -------------------------------------------------------------------------------------------
+# -- MeanVarianceNormalization -----------------------------------------------------------------------------------------
 
 _MVN_EPS = 1e-18  # the operator adds 1e-9 to the standard deviation
 
@@ -75,7 +75,7 @@ def mvn_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
 row("MeanVarianceNormalization", moments=mvn_moments, range=mvn_range, pullback=mvn_pullback, vjp=mvn_vjp)
 
 
-# -- LpNormalization -----------------------------------------------------------------------------------------------------
+# -- LpNormalization ---------------------------------------------------------------------------------------------------
 
 
 def _lp(node: ir.Node) -> tuple[int, int]:
@@ -153,7 +153,7 @@ def lp_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
 row("LpNormalization", moments=lp_moments, range=lp_range, pullback=lp_pullback, vjp=lp_vjp)
 
 
-# -- LRN -----------------------------------------------------------------------------------------------------------------
+# -- LRN ---------------------------------------------------------------------------------------------------------------
 
 
 def _lrn(node: ir.Node) -> tuple[int, float, float, float]:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments
 
-# -- estimates -----------------------------------------------------------------------------------------------------------
+# -- estimates ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ def standardize(x: Moments, over: Group, eps: float, *, centre: bool = True) -> 
             for v, n in ((fixed, over.fixed), (shared, over.shared), (local, over.local))
         )
     var = _average(mean**2 + fixed + shared + local, axes)
-    noise = sum(
-        _average(2 * v**2 + 4 * v * mean**2, axes) / n for v, n in ((shared, over.shared), (local, over.local))
-    )
+    noise = sum(_average(2 * v**2 + 4 * v * mean**2, axes) / n for v, n in ((shared, over.shared), (local, over.local)))
     freedom = np.divide(2 * var**2, noise, out=np.full_like(var, np.inf), where=noise > 0)
     inverse = 1 / (var + eps)
     with np.errstate(invalid="ignore"):
@@ -89,8 +87,8 @@ def standardize(x: Moments, over: Group, eps: float, *, centre: bool = True) -> 
 def project(g: Gradient, s: Standardized, over: Group, *, centre: bool = True) -> Gradient:
     """Second moment of (g - mean(g) - y mean(g y)) / sqrt(var + eps), g independent of y.
 
-    The coefficient m = mean(g y) has E[m^2] = mean(q_local y^2) / n_local + mean(q_shared ybar^2) / n_shared, ybar being
-    y's mean over positions.
+    The coefficient m = mean(g y) has E[m^2] = mean(q_local y^2) / n_local + mean(q_shared ybar^2) / n_shared, ybar
+    being y's mean over positions.
     """
     y, axes = s.y, over.axes
     common = np.broadcast_shapes(y.mean.shape, g.shared.shape)
@@ -112,14 +110,14 @@ def project(g: Gradient, s: Standardized, over: Group, *, centre: bool = True) -
 
 
 def weighted(g: Gradient, gamma: Array, axes: tuple[int, ...]) -> Gradient:
-    """g times a known factor per unit. Where g's shared part is the same along an axis, only the factor's mean keeps it so."""
+    """g times a known factor per unit. What is the same all along an axis stays so only by the factor's mean."""
     blind = tuple(a for a in axes if gamma.shape[a] > 1 and g.shared.shape[a] == 1)
     same = _average(gamma, blind) ** 2
     rest = _average(gamma**2, blind) - same
     return Gradient(g.shared * same, g.local * gamma**2 + g.shared * rest)
 
 
-# -- the gradient as operators -------------------------------------------------------------------------------------------
+# -- the gradient as operators -----------------------------------------------------------------------------------------
 
 
 def standardized(

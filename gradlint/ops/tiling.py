@@ -1,4 +1,4 @@
-"""Copies and blocks: Tile, DepthToSpace, SpaceToDepth."""
+"""Copies and blocks: Tile, DepthToSpace, SpaceToDepth, Col2Im."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward, Unsupported
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, constant_array, dims
-from gradlint.ops.concatenation import size_of
+from gradlint.ops.concatenation import INT64, size_of
 from gradlint.ops.shape import (
     Shape,
     averaged,
@@ -217,3 +217,80 @@ row(
     bound=move_bound,
     vjp=to_depth_vjp,
 )
+
+
+# -- Col2Im ------------------------------------------------------------------------------------------------------------
+
+
+def _overlap(ctx: Context, node: ir.Node) -> tuple[int, Array, float] | None:
+    """(elements of a block, blocks that meet in each pixel, the share of the blocks' elements inside the image)."""
+    dst, block = dims(node.outputs[0]), ctx.array(node.inputs[2])
+    if dst is None or block is None:
+        return None
+    space = len(block)
+    strides, dilations = (attribute(node, k) or [1] * space for k in ("strides", "dilations"))
+    pads = attribute(node, "pads") or [0] * 2 * space
+    counts, share = np.ones(()), 1.0
+    for k, (n, size) in enumerate(zip(dst[2:], (int(s) for s in block), strict=True)):
+        offsets = np.arange(size) * dilations[k]
+        starts = np.arange(0, n + pads[k] + pads[k + space] - offsets[-1], strides[k]) - pads[k]
+        spots = np.add.outer(starts, offsets)
+        inside = spots[(spots >= 0) & (spots < n)]
+        counts = np.multiply.outer(counts, np.bincount(inside, minlength=n))
+        share *= inside.size / spots.size
+    return int(np.prod(block)), counts, share
+
+
+def _by_channel(a: Array, size: int, rank: int) -> Array:
+    """(1, C * block, 1) averaged over the block: (1, C, 1, 1)."""
+    a = a.mean(axis=2, keepdims=True)
+    if a.shape[1] > 1:
+        a = a.reshape(a.shape[0], -1, size).mean(axis=2, keepdims=True)
+    return a.reshape(*a.shape[:2], *(1,) * (rank - 2))
+
+
+def col2im_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    """Blocks add up as independent; how many meet differs by pixel: the average, with the spread as `fixed`."""
+    overlap, rank = _overlap(ctx, node), len(node.outputs[0].shape or ())
+    if xs[0] is None or overlap is None:
+        return (None,)
+    size, counts, _ = overlap
+    x = xs[0].map(lambda a: _by_channel(a, size, rank))
+    times = float(counts.mean())
+    fixed = x.fixed * times + x.mean**2 * float(counts.var())
+    return (Moments(x.mean * times, fixed, x.shared * times, x.local * times),)
+
+
+def col2im_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    """Each element shows one pixel, or lies in the padding."""
+    overlap = _overlap(ctx, node)
+    if gs[0] is None or overlap is None:
+        return (None, None, None)
+    size, _, share = overlap
+    g = gs[0].map(lambda a: a.mean(axis=tuple(range(2, a.ndim)), keepdims=True).reshape(*a.shape[:2], 1))
+    return (g.map(lambda a: np.repeat(a, size, axis=1) if a.shape[1] > 1 else a).scaled(share), None, None)
+
+
+def col2im_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
+    """Blocks cut out of the image: a convolution of each channel with one unit kernel per element of the block."""
+    x, y, g = node.inputs[0], node.outputs[0], gs[0]
+    assert x is not None
+    assert g is not None
+    block = constant_array(node.inputs[2])
+    if block is None or y.shape is None:
+        raise Unsupported("a block shape that depends on the input")
+    size = int(np.prod(block))
+    settings = {k: attribute(node, k) for k in ("strides", "pads", "dilations")}
+    image = b.op("Concat", b.constant([-1, 1]), b.op("Shape", g, dtype=INT64, start=2), axis=0)
+    kernel = b.constant(np.eye(size).reshape(size, 1, *block), g.dtype.numpy() if g.dtype is not None else np.float32)
+    blocks = b.op("Conv", b.op("Reshape", g, image), kernel, **settings)
+    return (reshape_like(b, blocks, x), None, None)
+
+
+row("Col2Im", moments=col2im_moments, pullback=col2im_pullback, vjp=col2im_vjp)

@@ -1,0 +1,350 @@
+"""Facts that walks over the graph tell: skips, chains, what follows what. No numbers but sizes are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from gradlint.constants import varying
+from gradlint.estimate import Estimate
+from gradlint.fact_table import Fact
+from gradlint.graph import ACTIVATIONS, MOVES, dims, is_float, is_gate, is_head, op
+from gradlint.patterns import (
+    Composition,
+    activation_name,
+    behind,
+    compositions,
+    normalisations,
+    onward,
+)
+from gradlint.transfer import ELEMENTWISE, derivative
+
+if TYPE_CHECKING:
+    from gradlint.facts import Anatomy
+
+_JOINS = frozenset(
+    {"Add", "Sum", "Concat", "com.microsoft:SkipLayerNormalization", "com.microsoft:SkipSimplifiedLayerNormalization"}
+)
+KERNEL_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"})
+_SLOPES = {"Silu": 1.0998, "Gelu": 1.1290, "Mish": 1.0885, "HardSwish": 1.5, "Softsign": 1.0}  # sup |f'|
+_SIMPLE = frozenset({"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish",
+                     "Softplus", "Softsign", "Gelu", "Mish", "Swish", "Softmax", "LogSoftmax"})  # fmt: skip
+_POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum"})
+
+
+@dataclass(frozen=True)
+class Bypasses:
+    """`bypassed`: nodes around which a shallower path leads; `joins`: the Add, Sum and Concat nodes where one joins."""
+
+    bypassed: frozenset[ir.Node]
+    joins: frozenset[ir.Node]
+
+
+def bypasses(parts: Anatomy) -> Bypasses:
+    """Which nodes have a skip.
+
+    A node is bypassed where it lies behind one operand of a sum or concatenation and not behind another, both operands
+    come from a common value, and the other one has fewer layers behind it (towers side by side are no skips).
+    Ancestor sets are bit sets, dropped once nothing reads them any more.
+    """
+    graph, layers = parts.graph, set(parts.layers)
+    varies = varying(graph)
+    order = {node: k for k, node in enumerate(graph)}
+    ancestors: dict[ir.Value, int] = {v: 1 << (len(order) + k) for k, v in enumerate(graph.inputs) if is_float(v)}
+    roots: dict[ir.Value, int] = {v: 1 << k for k, v in enumerate(graph.inputs)}
+    offspring: list[int] = [0] * len(graph.inputs)  # per root: the nodes that come from it
+    depth: dict[ir.Value, int] = dict.fromkeys(ancestors, 0)
+    last = {v: k for node, k in order.items() for v in node.inputs if v is not None}
+    marked, joins = 0, set()
+    for node, k in order.items():
+        reads = [v for v in dict.fromkeys(node.inputs) if v is not None and v in ancestors]
+        outputs = [o for o in node.outputs if is_float(o) and o in varies]
+        if outputs:
+            if op(node) in _JOINS and len(reads) > 1:
+                found = _bypassed_at(reads, ancestors, roots, offspring, depth)
+                marked |= found
+                if found:
+                    joins.add(node)
+            whole, from_, deep = 1 << k, 0, 0
+            for v in reads:
+                whole, from_, deep = whole | ancestors[v], from_ | roots[v], max(deep, depth[v])
+            if not reads:
+                from_ = 1 << len(offspring)
+                offspring.append(0)
+            for r in _bits(from_):
+                offspring[r] |= 1 << k
+            for o in outputs:
+                ancestors[o], roots[o], depth[o] = whole, from_, deep + (node in layers)
+        for v in reads:
+            if last[v] == k:
+                del ancestors[v]
+    nodes = list(order)
+    return Bypasses(frozenset(nodes[b] for b in _bits(marked & ((1 << len(nodes)) - 1))), frozenset(joins))
+
+
+def _bypassed_at(
+    reads: list[ir.Value],
+    ancestors: Mapping[ir.Value, int],
+    roots: Mapping[ir.Value, int],
+    offspring: list[int],
+    depth: Mapping[ir.Value, int],
+) -> int:
+    """The nodes behind one operand that another operand leads around."""
+    found = 0
+    for deep in reads:
+        for shallow in reads:
+            if depth[shallow] >= depth[deep]:
+                continue
+            reach = 0
+            for r in _bits(roots[shallow] & roots[deep]):
+                reach |= offspring[r]
+            found |= ancestors[deep] & ~ancestors[shallow] & reach
+    return found
+
+
+def _bits(number: int) -> Iterator[int]:
+    """The positions of the bits that are set."""
+    for byte, part in enumerate(number.to_bytes((number.bit_length() + 7) // 8, "little")):
+        while part:
+            low = part & -part
+            yield 8 * byte + low.bit_length() - 1
+            part ^= low
+
+
+# -- chains --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """What lies on the way to a value since the last skip; `residual` and `post_norm` count from the input on."""
+
+    layers: int = 0
+    sigmoids: int = 0
+    batchnorms: int = 0
+    narrow: float = 0.0
+    residual: int = 0
+    post_norm: int = 0
+
+
+def structure(parts: Anatomy, estimate: Estimate, around: Bypasses) -> dict[ir.Node, dict[str, Fact]]:
+    """Structural facts of every layer and of every residual addition."""
+    graph = parts.graph
+    composed, norms = compositions(graph), normalisations(graph)
+    varies = varying(graph)
+    chains = _chains(parts, around, composed, norms)
+    found: dict[ir.Node, dict[str, Fact]] = {}
+    residuals = [n for n in graph if n in around.joins and op(n) != "Concat"]
+    for node in dict.fromkeys([*parts.layers, *residuals]):
+        facts: dict[str, Fact] = {
+            "has_skip": node in around.bypassed,
+            "constant_branch": not any(o in varies for o in node.outputs),
+            "follows_norm": _follows_norm(node, norms),
+        }
+        facts |= _chain_facts(node, chains[node], around, norms)
+        if node in norms:
+            facts["ends_residual"] = any(n in around.joins and op(n) != "Concat" for n, _ in onward(node.outputs[0]))
+        if node in parts.activations:
+            facts |= _activation_facts(node, parts, composed)
+        if node in parts.weighted:
+            facts["next_activation"], _ = next_activation(node.outputs[0], composed, norms)
+        found[node] = facts
+    for node, growth in _residual_growth(residuals, chains, estimate).items():
+        found[node]["estimated_residual_growth"] = found[node]["residual_growth"] = growth
+    return found
+
+
+def _chains(
+    parts: Anatomy, around: Bypasses, composed: Mapping[ir.Node, Composition], norms: set[ir.Node]
+) -> dict[ir.Node, _Chain]:
+    """The longest chains that end at each node: maxima over its inputs, plus what the node itself adds."""
+    at: dict[ir.Value, _Chain] = {}
+    found: dict[ir.Node, _Chain] = {}
+    activations = set(parts.activations)
+    for node in parts.graph:
+        chain = _merged([at[v] for v in node.inputs if v is not None and v in at])
+        if node in around.joins:
+            chain = _Chain(residual=chain.residual + (op(node) != "Concat"), post_norm=chain.post_norm)
+        if node in norms:
+            chain = replace(chain, sigmoids=0, narrow=0.0, post_norm=chain.post_norm + _is_post_norm(node, around))
+        if node not in around.bypassed:
+            chain = replace(
+                chain,
+                layers=chain.layers + (node in parts.weighted and op(node) in KERNEL_OPS),
+                sigmoids=chain.sigmoids + (node in activations and _hidden_sigmoid(node, parts, composed)),
+                batchnorms=chain.batchnorms + (op(node) == "BatchNormalization" and _activated(node, composed)),
+                narrow=chain.narrow + (1 / _width(node) if op(node) == "Relu" else 0.0),
+            )
+        found[node] = chain
+        for output in node.outputs:
+            if is_float(output):
+                at[output] = chain
+    return found
+
+
+def _merged(chains: list[_Chain]) -> _Chain:
+    if len(chains) == 1:
+        return chains[0]
+    largest: Callable[[str], int | float] = lambda name: max((getattr(c, name) for c in chains), default=0)  # noqa: E731
+    return _Chain(**{name: largest(name) for name in _Chain.__dataclass_fields__})  # type: ignore[arg-type]
+
+
+def _chain_facts(node: ir.Node, chain: _Chain, around: Bypasses, norms: set[ir.Node]) -> dict[str, Fact]:
+    """Counts of a bypassed node are those of no chain: 0."""
+    alone = node not in around.bypassed
+    facts: dict[str, Fact] = {
+        "chain_without_skip": chain.layers if alone else 0,
+        "batchnorm_chain": chain.batchnorms if alone else 0,
+        "narrow_sum": chain.narrow if alone else 0.0,
+    }
+    if node in around.joins and op(node) != "Concat":
+        facts["residual_index"] = chain.residual
+    if node in norms:
+        facts["post_norm_blocks"] = chain.post_norm
+    if op(node) in ("Sigmoid", "HardSigmoid"):
+        facts["sigmoid_chain"] = chain.sigmoids if alone else 0
+    return facts
+
+
+def _hidden_sigmoid(node: ir.Node, parts: Anatomy, composed: Mapping[ir.Node, Composition]) -> bool:
+    if op(node) not in ("Sigmoid", "HardSigmoid") or node in composed:
+        return False
+    return not is_gate(node) and not is_head(node, parts.weighted)
+
+
+def _activated(node: ir.Node, composed: Mapping[ir.Node, Composition]) -> bool:
+    """Does an activation read the node's output (through moves)?"""
+    return any(
+        op(n) in ACTIVATIONS or (n in composed and composed[n].source in n.inputs) for n, _ in onward(node.outputs[0])
+    )
+
+
+def _is_post_norm(node: ir.Node, around: Bypasses) -> bool:
+    """A normalisation of the residual stream itself: the sum it reads goes nowhere else."""
+    if op(node).startswith("com.microsoft:Skip"):
+        return node in around.joins and len(node.outputs) < 4
+    value = behind(node.inputs[0])
+    join = value.producer() if value is not None else None
+    return join in around.joins and op(join) != "Concat" and len({n for n, _ in onward(value)}) == 1  # type: ignore[arg-type]
+
+
+def _width(node: ir.Node) -> float:
+    """Units a layer's gradient is averaged over: features; for images channels times the pixels of a 3x3 window."""
+    shape = dims(node.outputs[0]) or (1,)
+    if len(shape) < 3:
+        return float(max(1, shape[-1]))
+    spatial = 1
+    for size in shape[2:]:
+        spatial *= min(3, max(1, size))
+    return float(max(1, shape[1]) * spatial) if len(shape) > 3 else float(max(1, shape[-1]))
+
+
+def _residual_growth(
+    residuals: list[ir.Node], chains: Mapping[ir.Node, _Chain], estimate: Estimate
+) -> dict[ir.Node, float]:
+    """Variance behind each residual addition / behind the first, estimated."""
+    variances = {n: v for n in residuals if (v := _variance(estimate, n.outputs[0])) is not None}
+    first = next((v for n, v in variances.items() if chains[n].residual == 1), None)
+    return {n: v / first for n, v in variances.items()} if first else {}
+
+
+def _variance(estimate: Estimate, value: ir.Value) -> float | None:
+    x = estimate.moments.get(value)
+    if x is None:
+        return None
+    return max(0.0, float(x.second.mean()) - float(x.mean.mean()) ** 2)
+
+
+# -- neighbours ----------------------------------------------------------------------------------------------------------
+
+
+def _follows_norm(node: ir.Node, norms: set[ir.Node]) -> bool:
+    """Does a normalisation stand directly before (its own scale and shift, and moves, between)?"""
+    for value in node.inputs[:2]:
+        source = behind(value)
+        if source is not None and source.producer() in norms and source.producer() is not node:
+            return True
+    return False
+
+
+def next_activation(
+    value: ir.Value, composed: Mapping[ir.Node, Composition], norms: set[ir.Node]
+) -> tuple[str, bool]:
+    """The activation that follows a layer, `Identity` where another layer comes first; and whether a normalisation stands
+    between, which makes the layer's scale irrelevant. Looks through sums and pooling."""
+    pending: list[tuple[ir.Value, bool]] = [(value, False)]
+    seen = {value}
+    while pending:
+        current, normalised = pending.pop(0)
+        for node, index in onward(current):
+            if node in composed and (composed[node].source in node.inputs or op(node) in ACTIVATIONS):
+                return composed[node].name, normalised
+            if op(node) in ACTIVATIONS:
+                return activation_name(node, {}), normalised
+            passes = node in norms or op(node) in _POOLS or op(node) in ("Add", "Sum")
+            if passes and index == 0 or op(node) in ("Add", "Sum"):
+                for o in node.outputs[:1]:
+                    if o not in seen:
+                        seen.add(o)
+                        pending.append((o, normalised or node in norms))
+    return "Identity", any_norm_behind(value, norms)
+
+
+def any_norm_behind(value: ir.Value, norms: set[ir.Node]) -> bool:
+    """Does a normalisation read the value directly?"""
+    return any(node in norms for node, _ in onward(value))
+
+
+def _activation_facts(node: ir.Node, parts: Anatomy, composed: dict[ir.Node, Composition]) -> dict[str, Fact]:
+    name = activation_name(node, composed)
+    return {
+        "activation": name,
+        "max_slope": _max_slope(node, name, composed),
+        "second_activation": _is_second(node, composed),
+        "hidden_softmax": op(node) in ("Softmax", "LogSoftmax") and _meets_kernel(node, parts),
+    }
+
+
+def _max_slope(node: ir.Node, name: str, composed: Mapping[ir.Node, Composition]) -> float | None:
+    if node in composed or op(node) not in ELEMENTWISE:
+        return _SLOPES.get(name)
+    return derivative(op(node), node)[2]
+
+
+def _is_second(node: ir.Node, composed: Mapping[ir.Node, Composition]) -> bool:
+    """Does an activation read another one's output, moves at most between? Parts of one composed function don't count."""
+    if op(node) not in _SIMPLE:
+        return False
+    source = composed[node].source if node in composed else node.inputs[0]
+    for _ in range(8):
+        before = source.producer() if source is not None else None
+        if before is None or op(before) not in MOVES:
+            break
+        source = before.inputs[0]
+    if before is None or (before in composed and composed[before] is composed.get(node)):
+        return False
+    whole = composed.get(before)
+    return source is whole.output if whole is not None else op(before) in _SIMPLE
+
+
+def _meets_kernel(node: ir.Node, parts: Anatomy) -> bool:
+    """Does the output go into a kernel as its data, with nothing but functions of one input between?
+
+    Attention multiplies it with another value first; a kernel of one output takes an expectation over the classes.
+    """
+    pending, seen = [node.outputs[0]], {node.outputs[0]}
+    while pending:
+        for use in pending.pop().uses():
+            follower = use.node
+            varying_inputs = [v for v in follower.inputs if v is not None and is_float(v) and v.const_value is None]
+            if follower in parts.weighted and op(follower) in KERNEL_OPS:
+                shape = dims(follower.outputs[0]) or (0,)
+                if use.idx == 0 and shape[1 if op(follower).startswith("Conv") else -1] != 1:
+                    return True
+            elif len(varying_inputs) <= 1:
+                fresh = [o for o in follower.outputs if o not in seen]
+                seen.update(fresh)
+                pending.extend(fresh)
+    return False

@@ -1,0 +1,343 @@
+"""The command line: exit codes, where text goes, and one line for every error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnx
+import pytest
+from command import DEAD, RELU, SAMPLES, SIGMOID, environment, gradlint
+
+from gradlint.cli import cli
+from gradlint.report import FORMATS
+
+HEAVY = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "numpy")
+
+
+def _error(run: subprocess.CompletedProcess[str]) -> str:
+    """The one line of an error: exit 2, nothing on standard output, no traceback."""
+    assert (run.returncode, run.stdout) == (2, ""), run.stderr
+    assert run.stderr.startswith("gradlint: error: ")
+    assert run.stderr.count("\n") == 1
+    return run.stderr
+
+
+# -- exit codes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "fail_on", "code"),
+    [(SIGMOID, "error", 1), (SIGMOID, "never", 0), (RELU, "error", 0), (DEAD, "warning", 1)],
+)
+def test_exit_follows_the_findings(model: str, fail_on: str, code: int) -> None:
+    run = gradlint(model, "--fail-on", fail_on)
+    assert run.returncode == code
+    assert run.stderr == ""
+    assert Path(model).name in run.stdout
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_has_the_same_exit_code(format: str) -> None:
+    run = gradlint(SIGMOID, "--format", format)
+    assert (run.returncode, run.stderr) == (1, "")
+    assert run.stdout.endswith("\n")
+
+
+def test_check_is_the_default_command() -> None:
+    assert gradlint("check", RELU, "--no-probe").stdout == gradlint("--no-probe", RELU).stdout
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = f"'{sys.executable}' -m gradlint '{SIGMOID}' --format html | head -c 20"
+    run = subprocess.run(
+        ["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=True
+    )
+    assert run.stderr == ""
+    assert run.stdout.endswith("\n1\n") or run.stdout.endswith("1\n")
+
+
+@pytest.mark.parametrize("more", [(), ("-j", "2", RELU)])
+def test_an_interrupt_exits_130_without_a_traceback(more: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "gradlint", str(SAMPLES / "resnet_bn.onnx"), *more]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=environment()
+    )
+    time.sleep(0.6)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+# -- wrong usage -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("", "no model given"),
+        ("m.onnx --fromat json", "Did you mean '--format'"),
+        ("m.onnx --format jsn", "'jsn' is none of full, concise, json"),
+        ("m.onnx --format jsn", "did you mean json?"),
+        ("m.onnx --fail-on warn", "did you mean warning?"),
+        ("m.onnx --dim batch", "'batch' is not NAME=SIZE, such as batch=4"),
+        ("m.onnx --dim batch=0", "'batch=0' is not NAME=SIZE"),
+        ("m.onnx --input-shape x:a,b", "such as x:1,3,224,224"),
+        ("m.onnx --input-range x:1,0", "upside down"),
+        ("m.onnx --input-range x:1,nan", "such as x:0,1"),
+        ("m.onnx --input-stats x:1,2,3", "give all means, then as many standard deviations"),
+        ("m.onnx --lr 0", "--lr"),
+        ("m.onnx --at-init --trained", "exclude each other"),
+        ("m.onnx --select vanishing-gradien", "did you mean vanishing-gradient"),
+        ("m.onnx --rules nowhere", "nowhere is not a folder"),
+        ("m.onnx --html nowhere/x.html", "there is no folder nowhere"),
+        ("m.onnx", "m.onnx: no such file"),
+        ("rul", "did you mean rule?"),
+        ("*.onnx", "no file matches"),
+        (".", "is a directory without .onnx files"),
+        ("rule vanishing", "did you mean vanishing-gradient"),
+        ("render m.json", "m.json: can't be read"),
+        ("differentiate m.onnx", "Missing option '-o'"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_says_what_to_do(arguments: str, says: str, tmp_path: Path) -> None:
+    assert says in _error(gradlint(*arguments.split(), cwd=tmp_path))
+
+
+def test_names_from_outside_reach_the_terminal_escaped(tmp_path: Path) -> None:
+    name = "net\x1b[31m\u202e.onnx"
+    (tmp_path / name).write_bytes(b"")
+    assert "net\\x1b[31m\\u202e.onnx: the file is empty" in _error(gradlint(name, cwd=tmp_path))
+
+
+def test_a_fault_of_gradlint_itself_asks_to_be_reported() -> None:
+    program = (
+        "import sys\nfrom gradlint import output, cli\noutput.terminal_width = None\nsys.exit(cli.run(sys.argv[1:]))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "internal error, please report it: TypeError at cli.py:" in _error(run)
+
+
+# -- several models ----------------------------------------------------------------------------------------------------
+
+
+def _without_timing(text: str) -> list[dict[str, object]]:
+    return [{**report, "timing": None} for report in json.loads(text)]
+
+
+def test_any_number_of_processes_gives_the_same_bytes() -> None:
+    runs = [gradlint(SAMPLES, "-j", n, "--no-probe", "--format", "json") for n in ("1", "2")]
+    assert [run.returncode for run in runs] == [1, 1]
+    one, two = (_without_timing(run.stdout) for run in runs)
+    assert one == two
+    paths = [report["model"]["path"] for report in one]  # type: ignore[index]
+    assert paths == sorted(paths)
+    assert len(paths) == len(list(SAMPLES.glob("*.onnx")))
+
+
+def test_one_bad_model_does_not_take_the_others_along(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"\x08")
+    run = gradlint(SIGMOID, bad, RELU, "--format", "json", "--no-probe", "-o", tmp_path / "out.json")
+    assert _error(run).startswith(f"gradlint: error: {bad}: ")
+    reports = json.loads((tmp_path / "out.json").read_text())
+    assert [report["model"]["path"] for report in reports] == [SIGMOID, RELU]
+
+
+def test_json_is_a_list_whenever_several_models_were_asked_for(tmp_path: Path) -> None:
+    run = gradlint(RELU, tmp_path / "missing.onnx", "--format", "json", "--no-probe")
+    assert run.returncode == 2
+    assert [report["model"]["path"] for report in json.loads(run.stdout)] == [RELU]
+
+
+def test_folders_and_quoted_globs_stand_for_the_models_inside(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.onnx", "a.onnx", "deep/c.onnx"):
+        (tmp_path / name).write_bytes(Path(RELU).read_bytes())
+    concise = ("--no-probe", "--format", "concise")
+    listed = gradlint(".", *concise, cwd=tmp_path).stdout
+    assert [line.split(":")[0] for line in listed.splitlines()] == ["a.onnx", "b.onnx", "deep/c.onnx"]
+    assert gradlint("*.onnx", "deep/c.onnx", *concise, cwd=tmp_path).stdout == listed
+
+
+def test_a_model_that_takes_too_long_is_given_up_alone() -> None:
+    run = gradlint(SIGMOID, RELU, "--timeout", "0.001")
+    assert run.returncode == 2
+    assert run.stderr.splitlines() == [
+        f"gradlint: error: {path}: not done after 0.001 s (--timeout), given up" for path in (SIGMOID, RELU)
+    ]
+
+
+def test_a_killed_worker_is_an_error_of_its_model(tmp_path: Path) -> None:
+    """A hook that the interpreter runs at its start kills the worker as soon as it reads the marked model."""
+    model = tmp_path / "deadly.onnx"
+    model.write_bytes(Path(RELU).read_bytes())
+    hook = (
+        "import os, signal, sys\n"
+        "def audit(event, arguments):\n"
+        "    if event == 'open' and str(arguments[0]).endswith('deadly.onnx'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.addaudithook(audit)\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    run = gradlint(model, RELU, "--no-probe", "--format", "concise", env={"PYTHONPATH": str(tmp_path)})
+    assert run.returncode == 2
+    assert "deadly.onnx: the process that checked it was killed by SIGKILL" in run.stderr
+    assert "digits_relu.onnx: pass" in run.stdout
+
+
+# -- where text goes ---------------------------------------------------------------------------------------------------
+
+
+def test_several_outputs_in_one_run(tmp_path: Path) -> None:
+    names = {kind: tmp_path / f"report.{kind}" for kind in ("html", "json", "sarif")}
+    run = gradlint(SIGMOID, *(part for kind, path in names.items() for part in (f"--{kind}", path)))
+    assert run.stdout.startswith("FAIL")
+    assert names["html"].read_text().startswith("<!DOCTYPE html>")
+    assert json.loads(names["json"].read_text())["schema"] == "gradlint-report/1"
+    assert json.loads(names["sarif"].read_text())["version"] == "2.1.0"
+    assert sorted(tmp_path.iterdir()) == sorted(names.values())
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    assert "No space left" in _error(gradlint(RELU, "--no-probe", "-o", "/dev/full"))
+    with open("/dev/full", "w") as full:
+        run = gradlint(RELU, "--no-probe", stdout=full)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    (tmp_path / "report.json").mkdir()
+    assert "it is a folder" in _error(gradlint(RELU, "-o", tmp_path / "report.json"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "report.json"]
+
+
+def test_colour_only_on_terminals_or_by_force() -> None:
+    assert "\x1b" not in gradlint(SIGMOID, "--no-probe").stdout
+    assert "\x1b[" in gradlint(SIGMOID, "--no-probe", env={"FORCE_COLOR": "1"}).stdout
+    assert "\x1b" not in gradlint(SIGMOID, "--no-probe", env={"FORCE_COLOR": "1", "NO_COLOR": "1"}).stdout
+
+
+def test_lines_fit_80_columns_where_there_is_no_terminal() -> None:
+    run = gradlint(SIGMOID, env={"COLUMNS": "200"}, cwd=SAMPLES)
+    assert max(len(line) for line in run.stdout.splitlines()) <= 80
+
+
+def test_the_job_summary_of_a_workflow_is_appended_to(tmp_path: Path) -> None:
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    run = gradlint(SIGMOID, "--format", "github", env={"GITHUB_STEP_SUMMARY": str(summary)})
+    assert run.stdout.startswith("::error ")
+    assert summary.read_text().startswith("before\n### ")
+
+
+def test_every_option_is_an_environment_variable() -> None:
+    env = {
+        "GRADLINT_FORMAT": "concise",
+        "GRADLINT_FAIL_ON": "never",
+        "GRADLINT_NO_PROBE": "1",
+        "GRADLINT_SELECT": "GL2",
+    }
+    run = gradlint(SIGMOID, env=env)
+    assert run.returncode == 0
+    assert {line.split()[2] for line in run.stdout.splitlines()[:-1]} <= {"GL201", "GL203", "GL204"}
+    assert "(measured)" not in run.stdout
+
+
+# -- the other commands ------------------------------------------------------------------------------------------------
+
+
+def test_it_starts_without_the_heavy_libraries() -> None:
+    program = (
+        "import sys\nfrom gradlint.cli import run\nfor arguments in (['--help'], ['check', '--help'], ['--version'], "
+        "['rule', 'GL201'], ['facts']):\n    assert run(arguments) == 0\n"
+        f"assert not [name for name in {HEAVY} if name in sys.modules]"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment()
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "vanishing-gradient (GL201" in run.stdout
+
+
+def test_help_names_every_command() -> None:
+    shown = gradlint("--help").stdout
+    assert all(f"  {name} " in shown for name in cli.commands)
+
+
+def test_rule_explains_lists_and_prints_all() -> None:
+    listed = gradlint("rule").stdout.splitlines()
+    assert any(line.startswith("GL201  vanishing-gradient") for line in listed)
+    pages = gradlint("rule", "--all").stdout
+    assert all(line.split()[1] in pages for line in listed)
+
+
+def test_ops_is_printed_from_the_tables() -> None:
+    from gradlint.transfer import BLOCKED, TABLES
+
+    lines = {line.split()[0]: line.split()[1:] for line in gradlint("ops").stdout.splitlines() if line}
+    assert lines["operator"] == list(TABLES)
+    for name in {name for table in TABLES.values() for name in table}:
+        for cell, (title, table) in zip(lines[name], TABLES.items(), strict=True):
+            blocked = name in BLOCKED and title in ("pullback", "bound", "vjp")
+            assert cell == ("none" if blocked else "yes" if name in table else "-")
+
+
+def test_facts_are_all_listed() -> None:
+    from gradlint.fact_table import FACTS
+
+    lines = gradlint("facts").stdout.splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(FACTS)
+
+
+def test_render_turns_a_stored_report_into_the_same_text(tmp_path: Path) -> None:
+    stored = tmp_path / "report.json"
+    direct = gradlint(SIGMOID, "--json", stored)
+    assert gradlint("render", stored).stdout == direct.stdout
+    assert gradlint("render", stored, "--format", "json").stdout == stored.read_text()
+    stored.write_text('{"schema": "other"}')
+    assert "schema is 'other'" in _error(gradlint("render", stored))
+
+
+def test_differentiate_writes_a_valid_model(tmp_path: Path) -> None:
+    out = tmp_path / "backward.onnx"
+    assert gradlint("differentiate", RELU, "-o", out, "--wrt", "x").returncode == 0
+    onnx.checker.check_model(str(out), full_check=True)
+    model = onnx.load(out)
+    assert [value.name for value in model.graph.output][-1] == "x.grad"
+    assert "did you mean" in _error(gradlint("differentiate", RELU, "-o", out, "--wrt", "layers.0.linear.weigt"))
+    assert "it is the model itself" in _error(gradlint("differentiate", out, "-o", out))
+
+
+def test_differentiate_keeps_external_data_external(tmp_path: Path) -> None:
+    model, out = tmp_path / "net.onnx", tmp_path / "other" / "backward.onnx"
+    onnx.save_model(
+        onnx.load(RELU),
+        model,
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
+    out.parent.mkdir()
+    run = gradlint("differentiate", model, "-o", out)
+    assert (run.returncode, run.stdout) == (0, "")
+    onnx.checker.check_model(str(out))
+    assert (out.parent / "weights.bin").read_bytes() == (tmp_path / "weights.bin").read_bytes()
+    assert out.stat().st_size < (tmp_path / "weights.bin").stat().st_size
+
+
+def test_diff_fails_on_what_is_new(tmp_path: Path) -> None:
+    base, head = tmp_path / "base.json", tmp_path / "head.json"
+    gradlint(RELU, "--json", base)
+    gradlint(SIGMOID, "--json", head)
+    run = gradlint("diff", base, head)
+    assert run.returncode == 1
+    assert "+ error GL201 vanishing-gradient at layers.0.linear" in run.stdout
+    assert gradlint("diff", head, base).returncode == 0
+    assert gradlint("diff", base, RELU).returncode == 0
+    assert gradlint("diff", base, head, "--fail-on", "never", "--max-loss", "1").returncode == 1
+    assert json.loads(gradlint("diff", base, head, "--format", "json").stdout)["models"][0]["gone"] == []
+    for format in ("markdown", "html"):
+        assert "GL201" in gradlint("diff", base, head, "--format", format).stdout

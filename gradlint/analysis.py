@@ -8,23 +8,26 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
-from gradlint.canonical import Dims, canonicalize
-from gradlint.data import Data, check_inputs, read_data, synthetic
+from gradlint.canonical import Dims, canonicalize, deciding_inputs
+from gradlint.data import Data, check_inputs, read_data, setting, synthetic
 from gradlint.domain import Moments, Range
 from gradlint.estimate import Estimate, Proof, estimate, prove
 from gradlint.exceptions import DataError, UsageError
-from gradlint.fact_table import Fact
-from gradlint.facts import EXPORT_LINE, Facts, anatomy, gather, request
+from gradlint.fact_table import Fact, Subject
+from gradlint.facts import EXPORT_LINE, Anatomy, Facts, anatomy, gather, request
 from gradlint.graph import FLOATS, dims, folded_batchnorms, is_float, op, split_merged
 from gradlint.judge import judge, verdict
 from gradlint.load import Source, from_proto, read, source
 from gradlint.options import Options
+from gradlint.reach import disconnected_subjects
+from gradlint.recurrent_facts import unknown_lengths
 from gradlint.results import LEVELS, Coverage, ModelInfo, Report, Settings, Summary
 from gradlint.risk import risk
 from gradlint.rulebook import Rulebook, configured_rules
@@ -41,20 +44,17 @@ _RANGE = 6.0  # the declared range of float inputs: synthetic data is clipped to
 def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, book: Rulebook | None = None) -> Report:
     """Analyse one model and judge it by the rules of `book` (default: gradlint's own and those of `options.rules`)."""
     began = time.perf_counter()
-    source = _source(model)
-    data = _given(source.model.graph, options)
-    assumed = list(canonicalize(source.model, _dims(options, data), source.path))
-    split_merged(source.model)
+    seen = _examine(model, options, 0)
+    for attempt in range(1, _ATTEMPTS):
+        if not seen.rejected:
+            break
+        again = _examine(model, options, attempt)
+        seen = seen if again.rejected else again
+    source, parts, guess, proof, probed = seen.source, seen.parts, seen.guess, seen.proof, seen.probed
     graph = source.model.graph
-    loaded = time.perf_counter()
-    parts = anatomy(graph)
-    guess = _estimate(graph, options, data, assumed)
-    proof = prove(graph, _ranges(graph, options), batch=guess.batch, mode=options.mode)
-    estimated = time.perf_counter()
-    probed, origin = _probe(source, guess, parts, options, data)
     stage = options.stage or guess_stage(parts.uses)
     model_facts = _model_facts(graph, parts, guess, probed, options, stage)
-    facts = gather(parts, guess, proof, probed, options, model_facts)
+    facts = gather(parts, guess, proof, probed, options, model_facts, seen.lengths, seen.disconnected)
     score = risk(facts, options)
     found = judge(
         facts.subjects,
@@ -66,8 +66,8 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
         layer_ignores=options.layer_ignores,
     ).findings
     timing = {
-        "load_s": loaded - began,
-        "estimate_s": estimated - loaded,
+        "load_s": seen.load_s,
+        "estimate_s": seen.estimate_s,
         "probe_build_s": getattr(probed, "build_s", 0.0),
         "probe_run_s": getattr(probed, "run_s", 0.0),
         "total_s": time.perf_counter() - began,
@@ -75,14 +75,73 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
     counts = Counter(f.level for f in found)
     return Report(
         summary=Summary(verdict(found, score), score, stage, {k: counts[k] for k in LEVELS}, _worst(facts)),
-        model=_model_info(source, graph, facts),
-        settings=Settings(options.mode, options.loss, options.seed, _examples(probed, guess), origin, tuple(assumed)),
+        model=_model_info(source, seen.inputs, facts),
+        settings=Settings(
+            options.mode, options.loss, options.seed, _examples(probed, guess), seen.origin, seen.assumed
+        ),
         coverage=_coverage(graph, guess, probed),
         layers=facts.layers,
         weights=facts.weights,
         findings=found,
         timing={k: round(v, 6) for k, v in timing.items()},
     )
+
+
+_ATTEMPTS = 9  # sizes tried for dimensions nobody gave, when the model rejects one as it runs
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """One pass of load, estimate and probe. rejected: the model ran into sizes that had been chosen for it."""
+
+    source: Source
+    inputs: tuple[Mapping[str, Any], ...]
+    assumed: tuple[str, ...]
+    parts: Anatomy
+    guess: Estimate
+    proof: Proof
+    probed: Probe | Skipped | None
+    origin: str
+    rejected: bool
+    load_s: float
+    estimate_s: float
+    lengths: frozenset[str]
+    disconnected: tuple[Subject, ...]
+
+
+def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, passed_over: int) -> _Examined:
+    began = time.perf_counter()
+    source = _source(model)
+    graph = source.model.graph
+    data = _given(graph, options)
+    settings = {str(v.name): setting(v, options.seed, _value(v, options, data)) for v in deciding_inputs(graph)}
+    inputs = list(graph.inputs)
+    shapes = {**({n: a.shape for n, a in data.inputs.items() if n not in settings} if data else {}), **options.shapes}
+    bound = Dims(options.batch, options.dims, shapes, settings, passed_over)
+    lengths = unknown_lengths(graph, frozenset({*options.dims, *shapes}))
+    disconnected = tuple(disconnected_subjects(graph))
+    sizes = canonicalize(source.model, bound, source.path)
+    split_merged(source.model)
+    assumed = [*sizes, *(f"{n} = {a.item()}" for n, a in settings.items() if n not in options.values)]
+    loaded = time.perf_counter()
+    parts = anatomy(graph)
+    guess = _estimate(graph, options, data, assumed)
+    proof = prove(graph, _ranges(graph, options), batch=guess.batch, mode=options.mode)
+    estimated = time.perf_counter()
+    probed, origin = _probe(source, guess, parts, options, data)
+    rejected = bool(sizes) and getattr(probed, "rejected", False)
+    described = tuple(_described(v) for v in inputs)
+    times = (loaded - began, estimated - loaded)
+    before = (lengths, disconnected)
+    return _Examined(source, described, tuple(assumed), parts, guess, proof, probed, origin, rejected, *times, *before)
+
+
+def _value(value: ir.Value, options: Options, data: Data | None) -> float | None:
+    """What --input or the data give for an input of one element."""
+    name = str(value.name)
+    if name in options.values:
+        return options.values[name]
+    return float(data.inputs[name].item()) if data is not None and name in data.inputs else None
 
 
 def _source(model: str | os.PathLike[str] | onnx.ModelProto) -> Source:
@@ -102,12 +161,6 @@ def _given(graph: ir.Graph, options: Options) -> Data | None:
         return None
     outputs = tuple(str(o.name) for o in graph.outputs)
     return check_inputs(read_data(options.data, inputs, outputs), inputs)
-
-
-def _dims(options: Options, data: Data | None) -> Dims:
-    """Sizes of symbolic dimensions: as given, else as the data has them."""
-    shapes = {**({n: a.shape for n, a in data.inputs.items()} if data else {}), **options.shapes}
-    return Dims(options.batch, options.dims, shapes)
 
 
 def _batch(graph: ir.Graph) -> int:
@@ -161,7 +214,7 @@ def _ranges(graph: ir.Graph, options: Options) -> dict[str, Range]:
 
 
 def _probe(
-    source: Source, guess: Estimate, parts: Any, options: Options, data: Data | None
+    source: Source, guess: Estimate, parts: Anatomy, options: Options, data: Data | None
 ) -> tuple[Probe | Skipped | None, str]:
     """The measurement, or why there is none; and where its data came from, in words."""
     if not options.probe:
@@ -197,7 +250,7 @@ def _probe(
 
 
 def _model_facts(
-    graph: ir.Graph, parts: Any, guess: Estimate, probed: Probe | Skipped | None, options: Options, stage: str
+    graph: ir.Graph, parts: Anatomy, guess: Estimate, probed: Probe | Skipped | None, options: Options, stage: str
 ) -> dict[str, Fact]:
     folded = folded_batchnorms(graph)
     unmodelled = Counter(op(n) for n in guess.unmodelled)
@@ -237,7 +290,7 @@ def _few(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _parameters(parts: Any) -> int:
+def _parameters(parts: Anatomy) -> int:
     return sum(math.prod(dims(v) or ()) for v in {u.value for u in parts.uses})
 
 
@@ -263,7 +316,7 @@ def _worst(facts: Facts) -> str | None:
     return min(finite, default=(0.0, None), key=lambda row: row[0])[1]
 
 
-def _model_info(source: Source, graph: ir.Graph, facts: Facts) -> ModelInfo:
+def _model_info(source: Source, inputs: tuple[Mapping[str, Any], ...], facts: Facts) -> ModelInfo:
     model = source.model
     producer = " ".join(p for p in (model.producer_name, model.producer_version) if p)
     return ModelInfo(
@@ -273,8 +326,8 @@ def _model_info(source: Source, graph: ir.Graph, facts: Facts) -> ModelInfo:
         opset=source.opset,
         nodes=source.nodes,
         parameters=int(facts.model.get("model_parameters") or 0),
-        inputs=tuple(_described(v) for v in graph.inputs),
-        outputs=tuple(_described(v) for v in graph.outputs),
+        inputs=inputs,
+        outputs=tuple(_described(v) for v in model.graph.outputs),
     )
 
 

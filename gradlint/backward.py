@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,13 +205,28 @@ class Backward:
         summed = self.op("ReduceSum", g, axes, keepdims=1, noop_with_empty_axes=1)
         return self.op("Reshape", summed, small)
 
-    def emit(self, graph: ir.Graph) -> None:
-        """Append what was built since the last time to `graph`."""
-        graph.extend(self.nodes[self._emitted :])
+    def emit(self, graph: ir.Graph, keep: Collection[ir.Value] | None = None) -> None:
+        """Append what was built since the last time to `graph`; given `keep`, only what those values need."""
+        fresh = self.nodes[self._emitted :]
+        if keep is not None:
+            unused = self._detached(fresh, {*keep, *self.byproducts.values()})
+            self._made = {k: made for k, made in self._made.items() if made[0].producer() not in unused}
+            fresh = [node for node in fresh if node not in unused]
+        graph.extend(fresh)
         self._emitted = len(self.nodes)
         for value in self.constants.values() if self.outer is None else ():
             if value.graph is None:
                 graph.register_initializer(value)
+
+    def _detached(self, nodes: Sequence[ir.Node], keep: set[ir.Value]) -> set[ir.Node]:
+        """The nodes that nothing reads, cut off from their inputs (a product whose transpose took its place)."""
+        unused: set[ir.Node] = set()
+        for node in reversed(nodes):
+            if not any(o in keep or o.uses() for o in node.outputs):
+                unused.add(node)
+                for k in range(len(node.inputs)):
+                    node.replace_input_with(k, None)
+        return unused
 
     def send(self, value: ir.Value, g: ir.Value) -> None:
         """A gradient for a value that the node reads other than as an input: captured by its subgraph."""

@@ -47,6 +47,8 @@ def align(array: np.ndarray, reference: Shape) -> Moments:
     axes = collapsed_axes(array, reference)
     if not axes:
         return Moments.constant(array)
+    if array.dtype.kind == "f":
+        array = np.maximum(array, np.asarray(-1e30, array.dtype))  # minus infinity has no variance
     mean = array.mean(axis=axes, keepdims=True, dtype=np.float64)
     zero = np.zeros((1,) * array.ndim)
     return Moments(mean, array.var(axis=axes, keepdims=True, dtype=np.float64), zero, zero)

@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 from gradlint.exceptions import DataError, ModelError
 from gradlint.expansion import expand
 from gradlint.fused import take_apart
-from gradlint.graph import attribute, op, trainable
+from gradlint.graph import FLOATS, attribute, mark_constants, op, trainable
 
 TARGET_OPSET = 21
 _SHAPE_LIKE = 64  # elements: more than any shape, pads or axes have
@@ -32,11 +32,17 @@ _OTHER_SIZES = (16, 32, 64, 128, 256, 512, 576, 1024, 4096)
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes for symbolic dimensions: `batch` for axis 0, `names` by dimension name, `shapes` by input name."""
+    """Sizes for symbolic dimensions: `batch` for axis 0, `names` by dimension name, `shapes` by input name.
+
+    settings: inputs that become constants, by name (what decides a branch). passed_over: how many of the sizes that fit
+    are left out where sizes have to be chosen, since the model rejected them when it ran.
+    """
 
     batch: int = 8
     names: Mapping[str, int] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    settings: Mapping[str, np.ndarray] = field(default_factory=dict)
+    passed_over: int = 0
 
 
 def canonicalize(
@@ -52,27 +58,68 @@ def canonicalize(
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveInitializersFromInputsPass()(model)
     _lift_weights(model)
+    _lower_settings(model)
+    mark_constants(model)
     _name_nodes(model)
     outputs = list(model.graph.outputs)
     kept = [v for n in model.graph for v in n.outputs if v.name in keep and v not in outputs]
     model.graph.outputs.extend(kept)  # no pass removes or renames an output
-    assumed = () if dims is None else _bind(model, dims, where)
-    if dims is None:
-        _infer_shapes(model)
+    _infer_shapes(model)
     _lift(model)
+    if dims is not None:
+        _freeze(model.graph, dims.settings)
+    _fold(model)
+    assumed = () if dims is None else _bind(model, dims, where)
     _fold(model)
     while expand(model):
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _infer_shapes(model)
         _fold(model)
+    mark_constants(model)  # what folding made is no parameter either
     _remove_identities(model)
     common.RemoveUnusedNodesPass()(model)
+    _remove_unread(model)
     common.AddDefaultAttributesPass()(model)
     _infer_shapes(model)
     for node in model.graph.all_nodes():
         _resolve_auto_pad(node)
     del model.graph.outputs[len(outputs) :]
     return assumed
+
+
+def deciding_inputs(graph: ir.Graph) -> list[ir.Value]:
+    """Inputs of one integer or truth that the condition of an If depends on: with their value the branch is known."""
+    pending = [v for n in graph.all_nodes() if n.op_type == "If" and (v := n.inputs[0]) is not None]
+    seen, found = set(pending), []
+    while pending:
+        value = pending.pop()
+        node = value.producer()
+        if node is None:
+            small = value.shape is not None and all(d == 1 for d in value.shape)
+            if value in graph.inputs and value.dtype not in FLOATS and small:
+                found.append(value)
+            continue
+        fresh = [v for v in node.inputs if v is not None and v not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return found
+
+
+def _freeze(graph: ir.Graph, settings: Mapping[str, np.ndarray]) -> None:
+    """Inputs become constants."""
+    for value in [v for v in graph.inputs if v.name in settings]:
+        graph.inputs.remove(value)
+        value.const_value = ir.tensor(settings[str(value.name)], name=value.name)
+        graph.register_initializer(value)
+
+
+def _remove_unread(model: ir.Model) -> None:
+    """Drop initializers that only a branch read which folding removed (its nodes still count as their users)."""
+    read = {v for n in model.graph.all_nodes() for v in n.inputs} | set(model.graph.outputs)
+    read |= {v for g in model.graph.subgraphs() for v in g.outputs}
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for name in [n for n, v in graph.initializers.items() if v not in read]:
+            del graph.initializers[name]
 
 
 def _name_nodes(model: ir.Model) -> None:
@@ -106,6 +153,29 @@ def _lift_weights(model: ir.Model) -> None:
                 unique = f"{name}_{k}"
             value.name = unique
             main.register_initializer(value)
+
+
+def _lower_settings(model: ir.Model) -> None:
+    """Axes, shapes and the like that a body reads from outside get a copy in it: shape inference looks no further."""
+    taken = {o.name for n in model.graph.all_nodes() for o in n.outputs} | set(model.graph.initializers)
+    for graph in model.graph.subgraphs():
+        copies: dict[ir.Value, ir.Value] = {}
+        for node in graph:
+            for k, value in enumerate(node.inputs):
+                if value is None or value.const_value is None or value.graph is graph:
+                    continue
+                if value.const_value.size > _SHAPE_LIKE or trainable(value):
+                    continue
+                if value not in copies:
+                    name = f"{graph.name}/{value.name}"
+                    while name in taken:
+                        name += "'"
+                    taken.add(name)
+                    copies[value] = ir.Value(
+                        name=name, const_value=value.const_value, shape=value.shape, type=value.type
+                    )
+                    graph.register_initializer(copies[value])
+                node.replace_input_with(k, copies[value])
 
 
 def _remove_identities(model: ir.Model) -> None:
@@ -157,16 +227,31 @@ def _bind(model: ir.Model, dims: Dims, where: str) -> tuple[str, ...]:
     free = [k for k in free if k not in batch_keys]
     image = any(len(v.shape or ()) == 4 for v in inputs)
     originals = {v: v.shape for v in inputs}
-    for size in (_IMAGE_SIZES if image else _OTHER_SIZES) if free else (0,):
+
+    def missing(size: int) -> float:
+        """Outputs whose shape stays unknown at this size; infinite where the graph contradicts it."""
         trial = known | dict.fromkeys(free, size)
         for value, shape in originals.items():
             assert shape is not None
-            value.shape = ir.Shape(
-                [trial[dim_key_of(value, shape, a)] if _unknown(d) else d for a, d in enumerate(shape)]
-            )
-        if _infer_shapes(model):
+            numbers = [trial[dim_key_of(value, shape, a)] if _unknown(d) else d for a, d in enumerate(shape)]
+            value.shape = ir.Shape(numbers)
+        return _unknown_shapes(model) if _infer_shapes(model) else math.inf
+
+    sizes = (_IMAGE_SIZES if image else _OTHER_SIZES) if free else (0,)
+    gaps: dict[int, float] = {}
+    for size in sizes:
+        gaps[size] = missing(size)
+        if gaps[size] == 0 and dims.passed_over < sum(gap == 0 for gap in gaps.values()):
             break
-    return tuple(assumed + [f"{k} = {size}" for k in free])
+    fitting = sorted(gaps, key=lambda size: gaps[size])
+    best = fitting[min(dims.passed_over, len(fitting) - 1)]
+    if best != size:
+        missing(best)
+    return tuple(assumed + [f"{k} = {best}" for k in free])
+
+
+def _unknown_shapes(model: ir.Model) -> int:
+    return sum(o.shape is None or not o.shape.is_static() for n in model.graph.all_nodes() for o in n.outputs)
 
 
 def dim_key_of(value: ir.Value, shape: ir.Shape, axis: int) -> str:

@@ -8,6 +8,7 @@ are evaluated along the way from it (forward-mode differentiation with dual numb
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -81,11 +82,29 @@ def _between(ctx: Context, node: ir.Node, root: ir.Value) -> list[ir.Node]:
     return list(found)
 
 
-def _function(
-    ctx: Context, nodes: Sequence[ir.Node], root: ir.Value, x: Moments
-) -> tuple[Callable[[Array], Dual], bool]:
-    """The last node's output as a dual function of z = root (arrays with one more axis), and whether it has kinks."""
-    rank, reference = x.mean.ndim, np.broadcast_shapes(x.mean.shape, x.var.shape)
+@dataclass(frozen=True)
+class Composed:
+    """A value as a dual function f of z = `root` (arrays with one more axis, of nodes), x being the root's moments.
+
+    per_unit: constants in it differ between units.
+    """
+
+    f: Callable[[Array], Dual]
+    kinked: bool
+    per_unit: bool
+    root: ir.Value
+    x: Moments
+
+    def value(self, z: Array) -> Array:
+        return self.f(z)[0]
+
+    def slope(self, z: Array) -> Array:
+        return self.f(z)[1]
+
+
+def _function(ctx: Context, nodes: Sequence[ir.Node], root: ir.Value, x: Moments) -> Composed:
+    """The last node's output as a function of `root`, whose moments are x."""
+    reference = np.broadcast_shapes(x.mean.shape, x.var.shape)
     constants: dict[ir.Value, Array] = {}
     kinked = False
     for node in nodes:
@@ -96,7 +115,8 @@ def _function(
                 continue
             array = ctx.array(v)
             if array is not None:
-                constants[v] = align(array, reference).mean.reshape(*align(array, reference).mean.shape[-rank:], 1)
+                mean = align(array, reference).mean
+                constants[v] = mean.reshape(()) if mean.size == 1 else mean[..., None]
 
     def evaluate(z: Array) -> Dual:
         known: dict[ir.Value, Dual] = {root: (z, np.ones((1,) * z.ndim))}
@@ -112,10 +132,11 @@ def _function(
         value, slope = known[nodes[-1].outputs[0]]
         return np.nan_to_num(value), np.nan_to_num(slope)
 
-    return evaluate, kinked
+    per_unit = any(c.size > 1 for c in constants.values())
+    return Composed(evaluate, kinked, per_unit, root, x)
 
 
-def _composed(ctx: Context, node: ir.Node) -> tuple[Callable[[Array], Dual], bool, ir.Value, Moments] | None:
+def _composed(ctx: Context, node: ir.Node) -> Composed | None:
     root = ancestor(ctx, node)
     x = None if root is None else ctx.moments.get(root)
     if root is None or x is None:
@@ -124,7 +145,7 @@ def _composed(ctx: Context, node: ir.Node) -> tuple[Callable[[Array], Dual], boo
     for n in nodes:  # constants too large to be had
         if any(v is not None and not ctx.varies(v) and ctx.array(v) is None for v in n.inputs):
             return None
-    return *_function(ctx, nodes, root, x), root, x
+    return _function(ctx, nodes, root, x)
 
 
 def composed_moments(ctx: Context, node: ir.Node) -> Moments | None:
@@ -132,9 +153,8 @@ def composed_moments(ctx: Context, node: ir.Node) -> Moments | None:
     found = _composed(ctx, node)
     if found is None:
         return None
-    f, kinked, _, x = found
     with np.errstate(all="ignore"):
-        return apply_moments(lambda z: f(z)[0], x, kinked=kinked)
+        return apply_moments(found.value, found.x, kinked=found.kinked, per_unit=found.per_unit)
 
 
 def composed_pullback(ctx: Context, node: ir.Node, g: Gradient) -> Gradient | None:
@@ -142,9 +162,8 @@ def composed_pullback(ctx: Context, node: ir.Node, g: Gradient) -> Gradient | No
     found = _composed(ctx, node)
     if found is None:
         return None
-    f, kinked, _, x = found
     with np.errstate(all="ignore"):
-        return apply_pullback(lambda z: f(z)[1], x, g, kinked=kinked)
+        return apply_pullback(found.slope, found.x, g, kinked=found.kinked, per_unit=found.per_unit)
 
 
 def correction(ctx: Context, node: ir.Node, alone: Callable[[Gradient], Sequence[Gradient | None]]) -> Array | None:
@@ -159,11 +178,11 @@ def correction(ctx: Context, node: ir.Node, alone: Callable[[Gradient], Sequence
     found = _composed(ctx, node)
     if found is None:
         return None
-    f, kinked, root, x = found
+    x = found.x
     one = np.ones(x.mean.shape)
     with np.errstate(all="ignore"):
-        wanted = spectrum(lambda z: f(z)[1], x.mean, x.var, kinked=kinked).second
-        arriving = _arriving(ctx, node, root, alone(Gradient(0 * one, one)))
+        wanted = spectrum(found.slope, x.mean, x.var, kinked=found.kinked, per_unit=found.per_unit).second
+        arriving = _arriving(ctx, node, found.root, alone(Gradient(0 * one, one)))
     if arriving is None:
         return None
     total = arriving.total

@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from gradlint.graph import FLOATS, op
+from gradlint.graph import FLOATS, attribute, op
+from gradlint.subgraphs import captured, subgraphs
 
 _KEEP = 1 << 20  # elements: larger results are computed again rather than kept
 _KEPT = 256
@@ -17,20 +18,20 @@ _LARGEST = 1 << 28
 
 
 def varying(graph: ir.Graph) -> set[ir.Value]:
-    """The values that depend on the graph's inputs (or on a random draw)."""
+    """The values that depend on the graph's inputs (or on a random draw), those inside bodies included."""
     varies = set(graph.inputs)
-    for node in graph:
-        reads = any(v in varies for v in node.inputs) or node.op_type.startswith("Random")
-        inside = (v for a in node.attributes.values() for g in _subgraphs(a) for n in g.all_nodes() for v in n.inputs)
-        if reads or any(v in varies for v in inside):
-            varies.update(node.outputs)
+    _spread(graph, varies)
     return varies
 
 
-def _subgraphs(attr: ir.Attr) -> list[ir.Graph]:
-    if attr.type == ir.AttributeType.GRAPH:
-        return [attr.as_graph()]
-    return list(attr.as_graphs()) if attr.type == ir.AttributeType.GRAPHS else []
+def _spread(graph: ir.Graph, varies: set[ir.Value]) -> None:
+    for node in graph:
+        reads = any(v in varies for v in (*node.inputs, *captured(node))) or node.op_type.startswith("Random")
+        if reads:
+            varies.update(node.outputs)
+        for body in subgraphs(node):
+            varies.update(body.inputs if reads else ())
+            _spread(body, varies)
 
 
 def evaluator(graph: ir.Graph, varies: set[ir.Value]) -> Callable[[ir.Value | None], np.ndarray | None]:
@@ -50,7 +51,7 @@ def evaluator(graph: ir.Graph, varies: set[ir.Value]) -> Callable[[ir.Value | No
         if value in kept:
             return kept[value]
         node = value.producer()
-        if node is None or node.graph is None or any(_subgraphs(a) for a in node.attributes.values()):
+        if node is None or node.graph is None or subgraphs(node):
             return None
         inputs = [array(v) for v in node.inputs]
         if any(a is None and v is not None for a, v in zip(inputs, node.inputs, strict=True)):
@@ -78,6 +79,8 @@ def _run(node: ir.Node, inputs: list[np.ndarray | None], opset: int) -> list[np.
         return [first.transpose(perm.as_ints() if perm is not None else None)]
     if op(node) == "Reshape" and first is not None and inputs[1] is not None and (inputs[1] != 0).all():
         return [first.reshape([int(n) for n in inputs[1]])]
+    if op(node) == "GatherElements" and first is not None and inputs[1] is not None:  # the reference fails beyond 32
+        return [np.take_along_axis(first, inputs[1].astype(np.int64), axis=attribute(node, "axis", 0))]
     if node.domain not in ("", "ai.onnx"):
         return None
     from onnx.reference import ReferenceEvaluator

@@ -159,6 +159,15 @@ def synthetic(graph: ir.Graph, seed: int, given: Mapping[str, np.ndarray]) -> Ar
     return arrays
 
 
+def setting(value: ir.Value, seed: int, given: float | None) -> np.ndarray:
+    """The constant for an input of one integer or truth: as given, else as `synthetic` would draw it."""
+    assert value.dtype is not None
+    shape = (1,) * len(value.shape or ())
+    if given is not None:
+        return np.full(shape, given, value.dtype.numpy())
+    return _draw(value, str(value.name), shape, np.random.default_rng(seed))
+
+
 def _draw(value: ir.Value, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     assert value.dtype is not None
     kind = value.dtype.numpy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from gradlint.constants import evaluator, varying
 from gradlint.domain import Gradient, Moments, Range
 from gradlint.graph import dims, is_float, op
 from gradlint.load import release
+from gradlint.subgraphs import captured
 from gradlint.transfer import BLOCKED, BOUND, MOMENTS, PULLBACK, RANGE, Context
 
 _SMALL = 1 << 18  # elements: constants up to this size are described element by element, larger ones by rows that ask
@@ -77,8 +78,22 @@ def estimate(
     through, and the node is listed.
     """
     ctx = context(graph, batch=batch, mode=mode)
-    varies = frozenset(v for n in graph for v in n.outputs if ctx.varies(v)) | frozenset(graph.inputs)
-    moments = ctx.moments
+    varies = frozenset(v for n in graph.all_nodes() for v in n.outputs if ctx.varies(v)) | frozenset(graph.inputs)
+    moments, gradients = ctx.moments, ctx.gradients
+    unmodelled: list[ir.Node] = []
+    behind: set[ir.Node] = set()
+
+    def forward(part: ir.Graph) -> None:
+        listed, rest = _forward(ctx, part, moments)
+        unmodelled.extend(listed)
+        behind.update(rest)
+
+    def pull(part: ir.Graph, seeds: Mapping[ir.Value, Gradient]) -> dict[ir.Value, Gradient]:
+        found = dict(seeds)
+        _backward(ctx, part, moments, found)
+        return found
+
+    ctx = replace(ctx, forward=forward, backward=pull)
     for value in graph.inputs:
         given = (inputs or {}).get(str(value.name))
         rank = len(value.shape) if value.shape is not None else 0
@@ -86,9 +101,13 @@ def estimate(
             moments[value] = given
         elif is_float(value):
             moments[value] = Moments.normal(rank)
-    unmodelled, behind = _forward(ctx, graph, moments)
-    gradients, edges = _backward(ctx, graph, moments)
-    return Estimate(batch, moments, gradients, edges, tuple(unmodelled), frozenset(behind), varies)
+    forward(graph)
+    for output in graph.outputs:
+        if is_float(output):
+            one = np.ones((1,) * len(output.shape or ()))
+            gradients[output] = Gradient(0 * one, one)
+    edges = _backward(ctx, graph, moments, gradients)
+    return Estimate(batch, moments, gradients, edges, tuple(dict.fromkeys(unmodelled)), frozenset(behind), varies)
 
 
 def _known(ctx: Context, moments: dict[ir.Value, Moments], value: ir.Value | None) -> Moments | None:
@@ -132,9 +151,11 @@ def _forward(ctx: Context, graph: ir.Graph, moments: dict[ir.Value, Moments]) ->
     return list(dict.fromkeys(unmodelled)), behind
 
 
-def _through(output: ir.Value, xs: list[Moments | None]) -> Moments:
-    """Moments for an output nothing is known about: those of the first known input, averaged."""
-    rank = len(output.shape) if output.shape is not None else 0
+def _through(output: ir.Value, xs: list[Moments | None]) -> Moments | None:
+    """Moments for an output nothing is known about: those of the first known input, averaged; none without a rank."""
+    if output.shape is None:
+        return None
+    rank = len(output.shape)
     first = next((x for x in xs if x is not None), None)
     if first is None:
         return Moments.normal(rank)
@@ -149,17 +170,13 @@ def _finite(x: Moments) -> Moments:
 
 
 def _backward(
-    ctx: Context, graph: ir.Graph, moments: dict[ir.Value, Moments]
-) -> tuple[dict[ir.Value, Gradient], dict[tuple[ir.Node, int], float]]:
-    gradients: dict[ir.Value, Gradient] = {}
+    ctx: Context, graph: ir.Graph, moments: dict[ir.Value, Moments], gradients: dict[ir.Value, Gradient]
+) -> dict[tuple[ir.Node, int], float]:
+    """Complete `gradients`, which holds those of the outputs; returns what every edge sends back."""
     edges: dict[tuple[ir.Node, int], float] = {}
-    for output in graph.outputs:
-        if is_float(output):
-            one = np.ones((1,) * len(output.shape or ()))
-            gradients[output] = Gradient(0 * one, one)
     for node in reversed(list(graph)):
         gs = [gradients.get(o) for o in node.outputs]
-        if all(g is None for g in gs) or not any(is_float(v) for v in node.inputs):
+        if all(g is None for g in gs) or not any(is_float(v) for v in (*node.inputs, *captured(node))):
             continue
         xs = [_known(ctx, moments, v) for v in node.inputs]
         ys = [moments.get(o) for o in node.outputs]
@@ -175,17 +192,17 @@ def _backward(
         for value in node.inputs:
             if value is not None and value.const_value is not None:
                 release(value.const_value)
-    return gradients, edges
+    return edges
 
 
 def _back_through(ctx: Context, node: ir.Node, value: ir.Value | None, gs: list[Gradient | None]) -> Gradient | None:
     """Without a row the gradient's norm is taken to pass unchanged to every float input that varies."""
     out, into = dims(node.outputs[0]), dims(value)
-    if value is None or not is_float(value) or op(node) in BLOCKED or not ctx.varies(value):
+    if value is None or value.shape is None or not is_float(value) or op(node) in BLOCKED or not ctx.varies(value):
         return None
     scale = math.prod(out) / max(1, math.prod(into)) if out and into else 1.0
     total = sum(float(np.mean(g.total)) for g in gs if g is not None) * scale
-    one = np.ones((1,) * len(value.shape or ()))
+    one = np.ones((1,) * len(value.shape))
     return Gradient(0 * one, total * one)
 
 
@@ -234,12 +251,12 @@ def _bounds(ctx: Context, graph: ir.Graph, found: dict[ir.Value, Range]) -> dict
             if rule
             else ()
         )
-        above = None if any(o in unknown for o in live) else math.sqrt(sum(bounds[o] ** 2 for o in live))
+        above = None if any(o in unknown for o in live) else math.hypot(*(bounds[o] for o in live))
         for k, value in enumerate(node.inputs):
             if value is None or not is_float(value) or not ctx.varies(value) or op(node) in BLOCKED:
                 continue
             factor = factors[k] if k < len(factors) else None
-            if above is None or factor is None:
+            if above is None or factor is None or not math.isfinite(above * factor):
                 unknown.add(value)
             else:
                 bounds[value] = bounds.get(value, 0.0) + above * factor

@@ -23,10 +23,10 @@ def write_beside(model: str, wrt: Sequence[str] | None, target: str) -> None:
     UsageError where that would overwrite another file.
     """
     output.check_target(target)
+    if os.path.exists(model) and os.path.exists(target) and os.path.samefile(model, target):
+        raise UsageError(f"can't write {target}: it is the model itself: give another file")
     result = gradlint.differentiate(model, wrt)
     source, folder = Path(model).parent, Path(target).parent
-    if os.path.exists(target) and os.path.samefile(model, target):
-        raise UsageError(f"can't write {target}: it is the model itself: give another file")
     for location in sorted(_locations(result)):
         if not folder.samefile(source):
             _copy(source / location, folder / location)

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from gradlint.derived_facts import (
+    forward_scale,
+    fp16_underflow,
+    learning_spread,
+    on_trunk,
+    pole_subjects,
+    update_ratio,
+    variance_ratios,
+)
 from gradlint.domain import Moments
 from gradlint.estimate import Estimate, Proof
 from gradlint.fact_table import Fact, Scope, Subject
@@ -33,9 +42,11 @@ from gradlint.ops.activation import active_share, saturated_share
 from gradlint.options import Options
 from gradlint.probe import Probe, Request, Skipped, activation_figures
 from gradlint.results import Blame, Evidence, LayerRow, WeightRow
+from gradlint.static_facts import StaticFacts, static_facts
 from gradlint.transfer import ELEMENTWISE, spectrum
 from gradlint.trunk import blame, crossing, depths
 
+_KINDS: tuple[Evidence, ...] = ("estimated", "measured")
 _ALIVE = 0.01  # a unit that is active less often is taken for dead
 EXPORT_LINE = "torch.onnx.export(model.train(), args, 'model.onnx', dynamo=True, optimize=False)"
 
@@ -120,8 +131,13 @@ def gather(
     probed: Probe | Skipped | None,
     options: Options,
     model: Mapping[str, Fact],
+    lengths: frozenset[str] = frozenset(),
+    disconnected: Sequence[Subject] = (),
 ) -> Facts:
-    """Collect facts of layers, activations, weights and the model as a whole."""
+    """Collect facts of layers, activations, weights and the model as a whole.
+
+    lengths: graph inputs whose sequence length was assumed; disconnected: weights of the file that lead to no output.
+    """
     measured = probed if isinstance(probed, Probe) else None
     flow = _Flow.of(parts, estimate, measured)
     rows, subjects = [], []
@@ -129,6 +145,8 @@ def gather(
     for use in parts.uses:
         weights_of.setdefault(use.layer, []).append(use)
     order = {n: k for k, n in enumerate(parts.graph)}
+    tapped, steps = (measured.values, measured.steps) if measured is not None else ({}, {})
+    static = static_facts(parts, estimate, options.mode, tapped, steps, lengths)
     depth = depths(parts.graph)
     folded = set(folded_batchnorms(parts.graph))
     previous = _layer_inputs(parts)
@@ -137,21 +155,37 @@ def gather(
         rows.append(_layer_row(node, figures, weights_of.get(node, []), previous.get(node, ()), flow))
         known = _Known()
         for kind in ("proved", "estimated", "measured"):
-            known.add(kind, figures[kind])  # type: ignore[arg-type]
-        known.facts |= _place(node, parts, depth(node), index, node in folded)
+            known.add(kind, figures[kind])
+        known.facts |= _place(node, parts, depth(node), index, node in folded) | static.layers[node]
+        known.facts["on_trunk"] = node in flow.trunk
         scope: Scope = "activation" if node in parts.activations else "layer"
         subjects.append(
             Subject(
                 scope, str(node.name), None, order[node], known.facts, known.evidence, flow.blame_of(node), source(node)
             )
         )
-    weights, weight_subjects = _weights(parts, estimate, measured, options, order)
+    _add_ratios(subjects)
+    weights, weight_subjects = _weights(parts, estimate, measured, options, order, static)
     flow_facts = flow.model_facts()
-    known = _Known(dict(model))
-    known.add("estimated", flow_facts["estimated"])
-    known.add("measured", flow_facts["measured"])
+    known = _Known(dict(model) | dict(static.model))
+    trunk = frozenset(str(n.name) for n in flow.trunk)
+    for kind in _KINDS:
+        known.add(kind, {**flow_facts[kind], "learning_spread": learning_spread(weight_subjects, trunk, kind)})
+    overflown = frozenset(n for n, row in tapped.items() if not math.isfinite(row.get("output_std", 0.0)))
+    extra = [*static.subjects, *pole_subjects(parts, estimate, proof, overflown)]
+    subjects = sorted([*subjects, *extra], key=lambda s: s.order)
     subjects.insert(0, Subject("model", None, None, 0, known.facts, known.evidence))
-    return Facts(tuple(rows), tuple(weights), (*subjects, *weight_subjects), known.facts)
+    return Facts(tuple(rows), tuple(weights), (*subjects, *weight_subjects, *disconnected), known.facts)
+
+
+def _add_ratios(subjects: list[Subject]) -> None:
+    """Variance of each output against the first layer's; best evidence under the plain name."""
+    ratios = variance_ratios(subjects)
+    for k, subject in enumerate(subjects):
+        known = _Known(dict(subject.facts), dict(subject.evidence))
+        for kind, figures in ratios.get(str(subject.layer), {}).items():
+            known.add(kind, figures)
+        subjects[k] = replace(subject, facts=known.facts, evidence=known.evidence)
 
 
 # -- flow ----------------------------------------------------------------------------------------------------------------
@@ -161,13 +195,14 @@ _Curve = Mapping[ir.Node, float]
 
 @dataclass(frozen=True)
 class _Flow:
-    """Trunk gradient (decades against its largest, and against the cut nearest the outputs) and signal at every cut."""
+    """Trunk gradient (decades against its largest nearer the outputs, and against the last layer) and signal at every cut."""
 
     decades: Mapping[Evidence, _Curve]
     growth: Mapping[Evidence, _Curve]
     signal: Mapping[Evidence, _Curve]
     blames: Mapping[ir.Value, tuple[Blame, ...]]
     layers: tuple[ir.Node, ...]
+    trunk: frozenset[ir.Node]
 
     @staticmethod
     def of(parts: Anatomy, estimate: Estimate, measured: Probe | None) -> _Flow:
@@ -188,13 +223,17 @@ class _Flow:
             signals["measured"] = {v: row["signal"] for v, row in rows.items() if "signal" in row}
         decades: dict[Evidence, _Curve] = {}
         growth: dict[Evidence, _Curve] = {}
+        stem = _before_head(parts)
         for kind, figures in norms.items():
             curve = crossing(graph, figures)
-            shown = {n: curve[n] for n in parts.layers if n in curve}
-            top = max(shown.values(), default=0.0)
-            last = next((shown[n] for n in reversed(parts.layers) if shown.get(n)), 0.0)
-            decades[kind] = {n: _decades(g, top) for n, g in shown.items()}
-            growth[kind] = {n: _decades(g, last) for n, g in shown.items()}
+            shown = {n: curve[n] for n in stem if n in curve}
+            last = next((g for n in reversed(stem) if (g := shown.get(n))), 0.0)
+            decades[kind], growth[kind] = {}, {n: _decades(g, last) for n, g in shown.items()}
+            top = 0.0
+            for node in reversed(stem):  # against the largest between here and the outputs
+                if node in shown:
+                    top = max(top, shown[node])
+                    decades[kind][node] = _decades(shown[node], top)
         best: Evidence = "measured" if norms.get("measured") else "estimated"
         targets = [n.outputs[0] for n in parts.layers]
         cotangent = (
@@ -202,7 +241,7 @@ class _Flow:
         )
         blames = blame(graph, norms[best], estimate.edges, cotangent, targets)
         signal = {kind: crossing(graph, figures) for kind, figures in signals.items()}
-        return _Flow(decades, growth, signal, blames, parts.layers)
+        return _Flow(decades, growth, signal, blames, parts.layers, on_trunk(parts, norms[best]))
 
     def blame_of(self, node: ir.Node) -> tuple[Blame, ...]:
         return self.blames.get(node.outputs[0], ())
@@ -218,6 +257,12 @@ class _Flow:
                 found[kind]["trunk_min_decades"] = min(self.decades[kind].values())
                 found[kind]["trunk_max_decades"] = max(self.growth[kind].values())
         return found
+
+
+def _before_head(parts: Anatomy) -> list[ir.Node]:
+    """The layers up to the last one with weights: what a head's Sigmoid or Softmax does is no matter of the trunk."""
+    last = max((k for k, n in enumerate(parts.layers) if n in parts.weighted), default=-1)
+    return list(parts.layers[: last + 1])
 
 
 def _decades(figure: float, reference: float) -> float:
@@ -413,10 +458,8 @@ def _place(node: ir.Node, parts: Anatomy, depth: float, index: int, folded: bool
         "is_head": is_head(node, parts.weighted)
         if node in parts.activations
         else not _layers_behind(node, parts.weighted),
-        "is_structural_zero": False,
         "folded_norm": folded,
         "width": shape[1] if len(shape) >= 4 else (shape[-1] if shape else None),
-        "activation": op(node) if node in parts.activations else None,
     }
 
 
@@ -436,22 +479,32 @@ def _layers_behind(node: ir.Node, weighted: frozenset[ir.Node]) -> bool:
 
 
 def _weights(
-    parts: Anatomy, estimate: Estimate, measured: Probe | None, options: Options, order: Mapping[ir.Node, int]
+    parts: Anatomy,
+    estimate: Estimate,
+    measured: Probe | None,
+    options: Options,
+    order: Mapping[ir.Node, int],
+    static: StaticFacts,
 ) -> tuple[list[WeightRow], list[Subject]]:
     rows, subjects = [], []
     for use in parts.uses:
         value = use.value
-        rms = weight_rms(value)
+        numbers = static.weights[use.layer, use.index]
+        rms = float(numbers["weight_rms"] or 0.0)
         estimated = {} if (g := estimate.grad_rms(value)) is None else {"grad_rms": g}
         got = dict(measured.weights.get(str(value.name), {})) if measured is not None else {}
         shape = tuple(dims(value) or ())
         rows.append(WeightRow(use.initializer, str(use.layer.name), shape, rms, True, use.parameter, estimated, got))
-        known = _Known({"op_type": op(use.layer), "weight_rms": rms, "is_trainable": True, "role": role(use)})
-        known.facts |= {"parameter": str(use.parameter) if use.parameter else None, "elements": math.prod(shape)}
+        known = _Known({"is_trainable": True, "parameter": str(use.parameter) if use.parameter else None, **numbers})
+        known.facts["forward_scale"] = forward_scale(use.layer, estimate, measured.values if measured else {})
+        known.facts["is_head"] = not _layers_behind(use.layer, parts.weighted)
         known.add("estimated", estimated)
         known.add(
             "measured", {k: v for k, v in got.items() if k != "zero_share"} | {"grad_zero_share": got.get("zero_share")}
         )
+        known.add("estimated", {"fp16_underflow": fp16_underflow(estimate.grad_rms(value))})
+        for kind in _KINDS:
+            known.add(kind, {"update_ratio": update_ratio(known.facts, kind, options.lr)})
         subjects.append(
             Subject(
                 "weight",
@@ -465,36 +518,3 @@ def _weights(
             )
         )
     return rows, subjects
-
-
-def weight_rms(value: ir.Value) -> float:
-    """Root mean square of a weight, read in blocks."""
-    assert value.const_value is not None
-    flat = value.const_value.numpy().reshape(-1)
-    total = 0.0
-    for k in range(0, flat.size, 1 << 22):
-        block = flat[k : k + (1 << 22)].astype(np.float32, copy=False)
-        total += float(np.dot(block, block))
-    return math.sqrt(total / max(1, flat.size))
-
-
-def role(use: WeightUse) -> str:
-    """What a weight is to its layer."""
-    kind, index = op(use.layer), use.index
-    if kind in (
-        "BatchNormalization",
-        "LayerNormalization",
-        "GroupNormalization",
-        "InstanceNormalization",
-        "RMSNormalization",
-    ):
-        return "gamma" if index == 1 else "beta"
-    if kind == "Gather":
-        return "embedding"
-    if kind in ("LSTM", "GRU", "RNN"):
-        return {1: "kernel", 2: "recurrent", 3: "bias"}.get(index, "bias")
-    if kind in ("Add", "Sub") or (kind in ("Conv", "Gemm", "ConvTranspose") and index == 2):
-        return "bias" if len(dims(use.value) or ()) <= 1 else "position"
-    if kind == "Mul":
-        return "residual-scale"
-    return "kernel"

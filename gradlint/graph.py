@@ -112,6 +112,16 @@ def trainable(value: ir.Value) -> bool:
     return not (all(op(u.node) in ("Add", "Mul", "Sub") for u in uses) and _is_mask(tensor))
 
 
+def mark_constants(model: ir.Model) -> None:
+    """Where the exporter says what is a parameter, an initializer of which it says nothing is none."""
+    graphs = (model.graph, *model.graph.subgraphs())
+    values = [v for g in graphs for v in g.initializers.values()]
+    if any(v.metadata_props.get(_KIND, "").endswith("PARAMETER") for v in values):
+        for value in values:
+            if _KIND not in value.metadata_props and _FOLDED not in value.metadata_props:
+                value.metadata_props[_KIND] = "CONSTANT"
+
+
 def _reads_input(node: ir.Node) -> bool:
     return any(v is not None and v.is_graph_input() for v in node.inputs)
 

@@ -211,20 +211,27 @@ def _finding(rule: Rule, group: list[_Hit]) -> _Placed:
         noun = _NOUNS[rule.scope] + ("s" if len(group) > 2 else "")
         message += f"; and {len(group) - 1} more {noun}, {first} to {last}"
         metrics |= {"layers": len(group), "first": first, "last": last}
+    evidence = _evidence(subject, worst.used)
     finding = Finding(
         rule=rule.name,
         code=rule.code,
-        level=worst.level,
+        level=_capped(worst.level, evidence, subject),
         layer=subject.layer,
         weight=subject.weight,
         message=message,
-        evidence=_evidence(subject, worst.used),
+        evidence=evidence,
         metrics=metrics,
         fixes=choose_fixes(rule.fixes, subject, span),
         source=subject.source,
         fingerprint=fingerprint(rule.code, subject.layer, subject.weight),
     )
     return _Placed(finding, rule, subject.order)
+
+
+def _capped(level: Level, evidence: Evidence, subject: Subject) -> Level:
+    """A trained model is at home on its own data: on made-up inputs what is not proved is no error."""
+    foreign = subject.facts.get("stage") == "trained" and not subject.facts.get("data_given")
+    return "warning" if foreign and level == "error" and evidence != "proved" else level
 
 
 def blame_in_words(blame: Sequence[Blame]) -> str:

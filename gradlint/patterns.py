@@ -1,7 +1,7 @@
 """What several operators compute together: activations and normalisations that exporters write out in primitives.
 
-SiLU comes as Sigmoid and Mul, GELU as Div, Erf, Add and Mul, Mish as Softplus, Tanh and Mul, RMSNorm as Pow, ReduceMean,
-Add, Sqrt, Reciprocal and Mul.
+SiLU comes as Sigmoid and Mul, GELU as Div, Erf, Add and Mul, Mish as Softplus, Tanh and Mul, RMSNorm as Pow,
+ReduceMean, Add, Sqrt, Reciprocal and Mul.
 """
 
 from __future__ import annotations
@@ -116,7 +116,11 @@ def _closed(core: ir.Node, other: ir.Value | None, path: list[ir.Node], factor: 
     expected = {"Gelu": 0.5 if op(core) != "Sigmoid" else 1.0, "HardSwish": 1 / 6 if op(core) == "Clip" else 1.0}
     follower = _single_use(output)
     scaled = None if follower is None else rescaled(follower)
-    if follower is not None and scaled is not None and math.isclose(factor * scaled[1], expected.get(name, 1.0), rel_tol=0.01):
+    if (
+        follower is not None
+        and scaled is not None
+        and math.isclose(factor * scaled[1], expected.get(name, 1.0), rel_tol=0.01)
+    ):
         output, rest = follower.outputs[0], [follower]
     return Composition(name, source, output, (*between, *outer, *path, *rest))
 
@@ -166,15 +170,16 @@ def _softsign(node: ir.Node) -> Composition | None:
     return Composition("Softsign", source, node.outputs[0], (size, below, node))
 
 
-# -- normalisations ------------------------------------------------------------------------------------------------------
+# -- normalisations ----------------------------------------------------------------------------------------------------
 
 
 def normalisations(graph: ir.Graph) -> set[ir.Node]:
     """Nodes whose output has a scale of its own: normalisation operators, and x / sqrt(mean of x^2) written out."""
-    return {n for n in graph if op(n) in NORMALISATIONS or _divides_by_deviation(n)}
+    return {n for n in graph if op(n) in NORMALISATIONS or divides_by_deviation(n)}
 
 
-def _divides_by_deviation(node: ir.Node) -> bool:
+def divides_by_deviation(node: ir.Node) -> bool:
+    """Is the node the last of a normalisation written out, x / sqrt(mean of x^2)?"""
     if op(node) not in ("Mul", "Div") or len(node.inputs) != 2:
         return False
     divisors = [node.inputs[1]] if op(node) == "Div" else [r for v in node.inputs if (r := _inverted(v)) is not None]
@@ -208,7 +213,7 @@ def _deviation(value: ir.Value | None) -> bool:
     return False
 
 
-# -- walks ---------------------------------------------------------------------------------------------------------------
+# -- walks -------------------------------------------------------------------------------------------------------------
 
 
 def scales_or_shifts(node: ir.Node, index: int) -> bool:

@@ -37,10 +37,11 @@ _ZERO = 1e-7  # a slope under this is as good as none
 
 @dataclass(frozen=True)
 class Skipped:
-    """Why the probe did not run, and what to give so that it does."""
+    """Why the probe did not run, and what to give so that it does. rejected: the model ran, and refused its input."""
 
     reason: str
     remedy: str = ""
+    rejected: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,10 @@ def probe(
     values = {
         str(v.name): v for v in [*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)]
     }
+    try:
+        _learn_shapes(model, graph, data.inputs, threads)
+    except _runtime_errors() as error:
+        return Skipped(f"the model rejects the data: {_first_line(error)}", _input_hint(graph, data), rejected=True)
     scale = ir.Value(name=SCALE, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT))
     graph.inputs.append(scale)
     emitter = Backward(mode, set(), prefix="loss")
@@ -129,7 +134,7 @@ def probe(
             _tap_activation(taps, name, node, request.units.get(name, 1))
     for (node, kind), value in b.byproducts.items():
         if kind == "hidden":
-            axes = [a for a in range(len(value.shape or ())) if a != 0]
+            axes = list(range(1, len(value.shape) if value.shape is not None else 4))  # (T, D, B, H)
             taps.add("steps", str(node.name), b.op("ReduceSumSquare", value, b.constant(axes), keepdims=0))
     for k, cotangent in enumerate(dict.fromkeys(seeds.values())):
         taps.add("seed", str(k), b.op("ReduceSumSquare", cotangent, keepdims=0))
@@ -144,7 +149,7 @@ def probe(
     try:
         sums = _run(session, taps, feeds, chunks)
     except _runtime_errors() as error:
-        return Skipped(f"the model rejects the data: {_first_line(error)}", _input_hint(graph, data))
+        return Skipped(f"the model rejects the data: {_first_line(error)}", _input_hint(graph, data), rejected=True)
     ran = time.perf_counter()
     examples = batch * chunks
     found = _statistics(taps, sums, values, examples if loss != "linear" else 1, batch, chunks)
@@ -208,7 +213,7 @@ def _seeds(
     seeds: dict[ir.Value, ir.Value] = {}
     feeds: Arrays = dict(data.inputs)
     if loss == "linear":
-        shapes = {str(o.name): _whole(dims(o), chunks, str(o.name)) for o in outputs}
+        shapes = {str(o.name): _whole(dims(o), chunks) for o in outputs}
         for output, (name, target) in zip(outputs, linear_targets(shapes, data, seed).items(), strict=True):
             feeds[f"gradlint.target.{name}"] = target / np.float32(math.sqrt(batch * chunks))
             seeds[output] = b.op("Mul", _target(graph, name, dims(output) or (), ir.DataType.FLOAT), scale)
@@ -223,7 +228,7 @@ def _seeds(
     for output, given in pairs:
         logits = _logits(output, loss)
         shape = dims(logits) or ()
-        whole = _whole(shape, chunks, str(output.name))
+        whole = _whole(shape, chunks)
         kind = ir.DataType.INT64 if loss == "cross-entropy" else ir.DataType.FLOAT
         feeds[f"gradlint.target.{output.name}"] = labels(given, whole, data.origin, loss=loss)
         target = _target(graph, str(output.name), shape[:-1] if loss == "cross-entropy" else shape, kind)
@@ -231,9 +236,18 @@ def _seeds(
     return seeds, feeds
 
 
-def _whole(shape: tuple[int, ...] | None, chunks: int, name: str) -> tuple[int, ...]:
-    if shape is None:
-        raise DataError(f"the shape of output {name!r} is not known: give --input-shape or --dim")
+def _learn_shapes(model: ir.Model, graph: ir.Graph, feeds: Arrays, threads: int) -> None:
+    """Run the forward pass once where the graph does not tell the shape of an output (a branch taken, a size computed)."""
+    unknown = [o for o in graph.outputs if is_float(o) and dims(o) is None]
+    if unknown:
+        session = _session(model, graph.clone(), threads)
+        feed = {i.name: _part(feeds[i.name], 0, i.shape) for i in session.get_inputs()}
+        for output, array in zip(unknown, session.run([o.name for o in unknown], feed), strict=True):
+            output.shape = ir.Shape(array.shape)
+
+
+def _whole(shape: tuple[int, ...] | None, chunks: int) -> tuple[int, ...]:
+    assert shape is not None
     return (shape[0] * chunks, *shape[1:]) if shape else shape
 
 

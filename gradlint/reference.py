@@ -97,6 +97,34 @@ class MeanVarianceNormalization(OpRun):
         return ((centred / (x.std(axis=over, keepdims=True) + 1e-9)).astype(x.dtype),)
 
 
+def _starts(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    auto_pad: str | None,
+    ceil_mode: int | None,
+    dilations: Sequence[int] | None,
+    pads: Sequence[int] | None,
+    strides: Sequence[int] | None,
+) -> list[tuple[np.ndarray, int]]:
+    """Per axis: where the windows begin (padding is below 0 or beyond the size) and the step between their taps."""
+    rank = len(kernel)
+    strides, dilations = strides or (1,) * rank, dilations or (1,) * rank
+    pads = pads or (0,) * (2 * rank)
+    if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        rows = zip(sizes, kernel, strides, dilations, strict=True)
+        totals = [max(0, (math.ceil(n / s) - 1) * s + (k - 1) * d + 1 - n) for n, k, s, d in rows]
+        small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
+        pads = small + large if auto_pad == "SAME_UPPER" else large + small
+    found = []
+    for n, k, s, d, begin, end in zip(sizes, kernel, strides, dilations, pads[:rank], pads[rank:], strict=True):
+        steps = (n + begin + end - (k - 1) * d - 1) / s
+        count = (math.ceil(steps) if ceil_mode else math.floor(steps)) + 1
+        if (count - 1) * s >= n + begin:  # a window that starts in the padding at the end
+            count -= 1
+        found.append((np.arange(count) * s - begin, d))
+    return found
+
+
 class MaxPool(OpRun):
     """The largest element of each window and its place in the flattened input (the evaluator's own picks others)."""
 
@@ -114,29 +142,63 @@ class MaxPool(OpRun):
         strides: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, ...]:
         kernel = tuple(kernel_shape or ())
-        rank = len(kernel)
-        strides, dilations = strides or (1,) * rank, dilations or (1,) * rank
-        pads = pads or (0,) * (2 * rank)
-        values, places = x, np.arange(x.size).reshape(x.shape)
-        for axis in range(rank - 1, -1, -1):  # the last axis first: ties go to the first in the order of the taps
-            size, span = x.shape[2 + axis], (kernel[axis] - 1) * dilations[axis] + 1
-            steps = (size + pads[axis] + pads[rank + axis] - span) / strides[axis]
-            count = (math.ceil(steps) if ceil_mode else math.floor(steps)) + 1
-            if (count - 1) * strides[axis] >= size + pads[axis]:  # a window that starts in the padding at the end
-                count -= 1
-            starts = np.arange(count) * strides[axis] - pads[axis]
+        values: np.ndarray = x
+        places: np.ndarray = np.arange(x.size).reshape(x.shape)
+        starts = _starts(x.shape[2:], kernel, auto_pad, ceil_mode, dilations, pads, strides)
+        for axis in range(len(kernel) - 1, -1, -1):  # the last first: ties go to the first in the order of the taps
+            begin, step = starts[axis]
             moved, where = np.moveaxis(values, 2 + axis, -1), np.moveaxis(places, 2 + axis, -1)
-            top = np.full((*moved.shape[:-1], count), -np.inf)
+            top = np.full((*moved.shape[:-1], len(begin)), -np.inf)
             at = np.full(top.shape, -1)
             for tap in range(kernel[axis]):
-                reads = starts + tap * dilations[axis]
-                inside = np.flatnonzero((reads >= 0) & (reads < size))
+                reads = begin + tap * step
+                inside = np.flatnonzero((reads >= 0) & (reads < x.shape[2 + axis]))
                 better = moved[..., reads[inside]] > top[..., inside]
                 top[..., inside] = np.where(better, moved[..., reads[inside]], top[..., inside])
                 at[..., inside] = np.where(better, where[..., reads[inside]], at[..., inside])
             values, places = np.moveaxis(top, -1, 2 + axis), np.moveaxis(at, -1, 2 + axis)
         values = values.astype(x.dtype)
         return (values, places) if len(self.onnx_node.output) > 1 else (values,)
+
+
+class LpPool(OpRun):
+    """The p-norm of each window (the evaluator's own mistakes ceil_mode)."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        auto_pad: str | None = None,
+        ceil_mode: int | None = None,
+        dilations: Sequence[int] | None = None,
+        kernel_shape: Sequence[int] | None = None,
+        p: int | None = None,
+        pads: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[np.ndarray]:
+        kernel, power = tuple(kernel_shape or ()), p or 2
+        total = np.abs(x) ** power
+        starts = _starts(x.shape[2:], kernel, auto_pad, ceil_mode, dilations, pads, strides)
+        for axis, (begin, step) in enumerate(starts):
+            moved = np.moveaxis(total, 2 + axis, -1)
+            sums = np.zeros((*moved.shape[:-1], len(begin)), x.dtype)
+            for tap in range(kernel[axis]):
+                reads = begin + tap * step
+                inside = np.flatnonzero((reads >= 0) & (reads < x.shape[2 + axis]))
+                sums[..., inside] += moved[..., reads[inside]]
+            total = np.moveaxis(sums, -1, 2 + axis)
+        return (total ** (1 / power),)
+
+
+class GlobalLpPool(OpRun):
+    """The p-norm of each channel."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, p: int | None = None) -> tuple[np.ndarray]:
+        power = p or 2
+        return ((np.abs(x) ** power).sum(axis=tuple(range(2, x.ndim)), keepdims=True) ** (1 / power),)
 
 
 class GlobalMaxPool(OpRun):
@@ -148,4 +210,76 @@ class GlobalMaxPool(OpRun):
         return (x.max(axis=tuple(range(2, x.ndim)), keepdims=True),)
 
 
-CORRECTED = (ConvTranspose, MaxPool, GlobalMaxPool)
+def _reflected(place: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Positions folded back into [low, high]."""
+    span = high - low
+    return low + np.abs((place - low + span) % (2 * span) - span) if span > 0 else np.zeros_like(place)
+
+
+class GridSample(OpRun):
+    """The input at the grid's points (the evaluator's own rounds them to float32)."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        grid: np.ndarray,
+        align_corners: int | None = None,
+        mode: str | None = None,
+        padding_mode: str | None = None,
+    ) -> tuple[np.ndarray]:
+        rank = x.ndim - 2
+        along = [self._taps(grid[..., rank - 1 - k], x.shape[2 + k], align_corners, mode) for k in range(rank)]
+        batch = np.arange(len(x)).reshape(-1, *(1,) * rank)
+        y = np.zeros((*grid.shape[:-1], x.shape[1]), x.dtype)
+        for taps in itertools.product(*along):
+            weight = np.ones(grid.shape[:-1], x.dtype)
+            index = []
+            for (place, share), n in zip(taps, x.shape[2:], strict=True):
+                inside = (place >= 0) & (place < n)
+                if padding_mode == "reflection":
+                    edge = 0.0 if align_corners else 0.5
+                    place = np.rint(_reflected(place, -edge, n - 1 + edge))
+                weight = weight * (np.where(inside, share, 0.0) if padding_mode in (None, "zeros") else share)
+                index.append(np.clip(place, 0, n - 1).astype(np.int64))
+            y += weight[..., None] * np.moveaxis(x, 1, -1)[(batch, *index)]
+        return (np.moveaxis(y, -1, 1),)
+
+    @staticmethod
+    def _taps(
+        c: np.ndarray, n: int, align_corners: int | None, mode: str | None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Positions and weights of the elements around each coordinate, along one axis."""
+        place = (c + 1) / 2 * (n - 1) if align_corners else ((c + 1) * n - 1) / 2
+        if mode == "nearest":
+            return [(np.rint(place), np.ones_like(place))]
+        below = np.floor(place)
+        r, a = place - below, -0.75
+        if mode != "cubic":
+            return [(below, 1 - r), (below + 1, r)]
+
+        def near(t: np.ndarray) -> np.ndarray:
+            return ((a + 2) * t - (a + 3)) * t * t + 1
+
+        def far(t: np.ndarray) -> np.ndarray:
+            return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+
+        return [(below - 1, far(1 + r)), (below, near(r)), (below + 1, near(1 - r)), (below + 2, far(2 - r))]
+
+
+class AffineGrid(OpRun):
+    """theta times the coordinates of the output (the evaluator's own rounds to float32)."""
+
+    op_domain = ""
+
+    def _run(self, theta: np.ndarray, size: np.ndarray, align_corners: int | None = None) -> tuple[np.ndarray]:
+        axes = [
+            np.linspace(-1, 1, n) if align_corners and n > 1 else (2 * np.arange(n) + 1) / n - 1
+            for n in size[2:].tolist()
+        ]
+        points = np.stack([*reversed(np.meshgrid(*axes, indexing="ij")), np.ones(size[2:])], axis=-1)
+        return (np.einsum("...k,njk->n...j", points, theta).astype(theta.dtype),)
+
+
+CORRECTED = (ConvTranspose, MaxPool, LpPool, GlobalMaxPool, GlobalLpPool, GridSample, AffineGrid)

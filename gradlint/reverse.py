@@ -67,7 +67,7 @@ def backward(
                 grads.setdefault(value, []).append(g)
         b.sent.clear()
     found = {v: g for v in wanted if v not in b.tainted and (g := _total(b, grads, v)) is not None}
-    b.emit(graph)
+    b.emit(graph, found.values())
     return b, found, tuple(reversed(b.cuts))
 
 

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import onnx_ir as ir
 
-from gradlint.graph import WeightUse, dims
+from gradlint.graph import WeightUse, constant_array, dims
+from gradlint.init_fit import looks_drawn
+from gradlint.load import release
 from gradlint.options import Stage
 
-# Excess kurtosis of the distributions that weights are drawn from: uniform, normal truncated at two deviations, normal.
-_KURTOSES = (-1.2, -0.63, 0.0)
-_SAMPLE = 1 << 16
+_MOST, _HALF = 0.85, 0.5
 
 
 def guess_stage(uses: Sequence[WeightUse]) -> Stage:
-    """`init` where most kernels still look drawn from a uniform or normal distribution.
+    """`init` where nearly all kernels still look like independent draws from one distribution each.
 
-    The excess kurtosis of n such draws scatters by sqrt(24 / n) about its own; training makes weights heavy-tailed.
+    Where only most do, scales of one and biases of zero throughout settle it. Models too small to tell count as `init`.
     """
-    fresh = judged = 0
-    for use in {u.value: u for u in uses}.values():
-        shape = dims(use.value) or ()
-        size = int(np.prod(shape))
-        if len(shape) < 2 or size < 256 or use.value.const_value is None:
-            continue
-        flat = use.value.const_value.numpy().reshape(-1)
-        sample = flat[:: max(1, size // _SAMPLE)].astype(np.float64)
-        centred = sample - sample.mean()
-        variance = float(np.mean(centred**2))
-        if not np.isfinite(variance) or variance <= 0:
-            continue
-        excess = float(np.mean(centred**4)) / variance**2 - 3
-        judged += 1
-        fresh += any(abs(excess - k) < 5 * np.sqrt(24 / sample.size) + 0.05 for k in _KURTOSES)
-    return "init" if fresh >= 0.7 * judged else "trained"
+    values = {use.value for use in uses}
+    judged = [d for v in values if len(dims(v) or ()) >= 2 and (d := _drawn(v)) is not None]
+    share = sum(judged) / len(judged) if judged else 1.0
+    fresh = share >= _MOST or (share >= _HALF and _untouched(values))
+    return "init" if fresh else "trained"
+
+
+def _drawn(value: ir.Value) -> bool | None:
+    array = constant_array(value)
+    drawn = None if array is None else looks_drawn(array)
+    release(value.const_value)
+    return drawn
+
+
+def _untouched(values: Iterable[ir.Value]) -> bool:
+    """Are all vectors (scales, biases) constant: one, zero, or whatever they were filled with?"""
+    vectors = [constant_array(v) for v in values if len(dims(v) or ()) == 1]
+    return bool(vectors) and all(a is not None and bool(np.all(a == a[0])) for a in vectors if a is not None and a.size)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -114,7 +114,7 @@ def _bits(number: int) -> Iterator[int]:
             part ^= low
 
 
-# -- chains --------------------------------------------------------------------------------------------------------------
+# -- chains ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def structure(parts: Anatomy, estimate: Estimate, around: Bypasses) -> dict[ir.N
         if node in parts.activations:
             facts |= _activation_facts(node, parts, composed)
         if node in parts.weighted:
-            facts["next_activation"], _ = next_activation(node.outputs[0], composed, norms)
+            facts["next_activation"] = next_activation(node.outputs[0], composed, norms).name
         found[node] = facts
     for node, growth in _residual_growth(residuals, chains, estimate).items():
         found[node]["estimated_residual_growth"] = found[node]["residual_growth"] = growth
@@ -185,10 +185,10 @@ def _chains(
 
 
 def _merged(chains: list[_Chain]) -> _Chain:
+    """The largest of each count."""
     if len(chains) == 1:
         return chains[0]
-    largest: Callable[[str], int | float] = lambda name: max((getattr(c, name) for c in chains), default=0)  # noqa: E731
-    return _Chain(**{name: largest(name) for name in _Chain.__dataclass_fields__})  # type: ignore[arg-type]
+    return _Chain(*(max((getattr(c, f.name) for c in chains), default=0) for f in fields(_Chain)))
 
 
 def _chain_facts(node: ir.Node, chain: _Chain, around: Bypasses, norms: set[ir.Node]) -> dict[str, Fact]:
@@ -257,7 +257,7 @@ def _variance(estimate: Estimate, value: ir.Value) -> float | None:
     return max(0.0, float(x.second.mean()) - float(x.mean.mean()) ** 2)
 
 
-# -- neighbours ----------------------------------------------------------------------------------------------------------
+# -- neighbours --------------------------------------------------------------------------------------------------------
 
 
 def _follows_norm(node: ir.Node, norms: set[ir.Node]) -> bool:
@@ -269,32 +269,34 @@ def _follows_norm(node: ir.Node, norms: set[ir.Node]) -> bool:
     return False
 
 
-def next_activation(
-    value: ir.Value, composed: Mapping[ir.Node, Composition], norms: set[ir.Node]
-) -> tuple[str, bool]:
-    """The activation that follows a layer, `Identity` where another layer comes first; and whether a normalisation stands
-    between, which makes the layer's scale irrelevant. Looks through sums and pooling."""
-    pending: list[tuple[ir.Value, bool]] = [(value, False)]
-    seen = {value}
+@dataclass(frozen=True)
+class Following:
+    """The activation that follows a layer, by name and node (`Identity`, None where another layer comes first).
+
+    normalised: a normalisation stands between, which makes the layer's scale irrelevant.
+    """
+
+    name: str
+    node: ir.Node | None
+    normalised: bool
+
+
+def next_activation(value: ir.Value, composed: Mapping[ir.Node, Composition], norms: set[ir.Node]) -> Following:
+    """What follows a value, looking through moves, biases, normalisations, sums and pooling."""
+    pending, seen, normalised = [value], {value}, False
     while pending:
-        current, normalised = pending.pop(0)
+        current = pending.pop(0)
         for node, index in onward(current):
             if node in composed and (composed[node].source in node.inputs or op(node) in ACTIVATIONS):
-                return composed[node].name, normalised
+                return Following(composed[node].name, node, normalised)
             if op(node) in ACTIVATIONS:
-                return activation_name(node, {}), normalised
-            passes = node in norms or op(node) in _POOLS or op(node) in ("Add", "Sum")
-            if passes and index == 0 or op(node) in ("Add", "Sum"):
-                for o in node.outputs[:1]:
-                    if o not in seen:
-                        seen.add(o)
-                        pending.append((o, normalised or node in norms))
-    return "Identity", any_norm_behind(value, norms)
-
-
-def any_norm_behind(value: ir.Value, norms: set[ir.Node]) -> bool:
-    """Does a normalisation read the value directly?"""
-    return any(node in norms for node, _ in onward(value))
+                return Following(activation_name(node, {}), node, normalised)
+            normalised |= node in norms
+            passes = index == 0 and (node in norms or op(node) in _POOLS)
+            if (passes or op(node) in ("Add", "Sum")) and node.outputs[0] not in seen:
+                seen.add(node.outputs[0])
+                pending.append(node.outputs[0])
+    return Following("Identity", None, normalised)
 
 
 def _activation_facts(node: ir.Node, parts: Anatomy, composed: dict[ir.Node, Composition]) -> dict[str, Fact]:
@@ -314,7 +316,8 @@ def _max_slope(node: ir.Node, name: str, composed: Mapping[ir.Node, Composition]
 
 
 def _is_second(node: ir.Node, composed: Mapping[ir.Node, Composition]) -> bool:
-    """Does an activation read another one's output, moves at most between? Parts of one composed function don't count."""
+    """Does an activation read another one's output, moves at most between? Parts of one composed function don't
+    count."""
     if op(node) not in _SIMPLE:
         return False
     source = composed[node].source if node in composed else node.inputs[0]

@@ -51,6 +51,7 @@ def emit(
 ) -> Values:
     """A node with subgraphs; its outputs get the types of `outputs` (never shared with an equal node)."""
     name = f"{b.prefix}/{op_type}_{len(b.nodes)}"
+    attributes = {k: v for k, v in attributes.items() if v is not None}
     node = ir.node(op_type, list(inputs), attributes, num_outputs=len(outputs), name=name)  # type: ignore[arg-type]
     for k, (made, like) in enumerate(zip(node.outputs, outputs, strict=True)):
         made.name, made.type = f"{name}.{k}", like.type
@@ -92,6 +93,7 @@ def copied(b: Backward, graph: ir.Graph) -> ir.Graph:
     b.children += 1
     prefix = f"{b.prefix}/body_{b.children}"
     copy = graph.clone(allow_outer_scope_values=True)
+    copy.name = prefix
     for part in (copy, *copy.subgraphs()):
         for value in part.inputs:
             value.name = f"{prefix}/{value.name}"
@@ -107,16 +109,20 @@ def copied(b: Backward, graph: ir.Graph) -> ir.Graph:
 def finish(graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:
     """Give a body its outputs, each computed inside it and there once; what serves none of them goes."""
     taken: set[ir.Value] = set(graph.inputs)
-    graph.outputs.clear()
+    del graph.outputs[:]
     for k, value in enumerate(outputs):
         node = value.producer()
         if value in taken or node is None or node.graph is not graph:
             copy = ir.node("Identity", [value], name=f"{graph.name}/output_{k}")
-            copy.outputs[0].name, copy.outputs[0].type = f"{graph.name}/output_{k}.0", value.type
+            made = copy.outputs[0]
+            made.name, made.type, made.shape = f"{graph.name}/output_{k}.0", value.type, value.shape
             graph.append(copy)
-            value = copy.outputs[0]
+            value = made
         taken.add(value)
         graph.outputs.append(value)
     for node in reversed(list(graph)):
         if not any(o.uses() or o.is_graph_output() for o in node.outputs):
             graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]

@@ -60,14 +60,14 @@ def check_op(
     domain: str = "",
     seed: int = 0,
     draws: int = 200,
-    mode: str = "train",
+    analysis_mode: str = "train",
     **attributes: Any,
 ) -> None:
     """Check every row of one operator on one case; raises AssertionError where a row is wrong.
 
     inputs: `Activation` for what varies (axis 0: examples), arrays for weights and settings, None for an omitted input.
     moments, pullback: the relative error allowed against Monte Carlo, per unit (None: the operator has no such row).
-    wrt: indices of the inputs to differentiate (default: all floats); mode: as `estimate` takes it.
+    wrt: indices of the inputs to differentiate (default: all floats); analysis_mode: `mode` of `estimate`.
     """
     single = _model(op, inputs, outputs, opset, domain, attributes, np.float32)
     rng = np.random.default_rng(seed)
@@ -80,7 +80,7 @@ def check_op(
         double = single if domain else _model(op, inputs, outputs, opset, domain, attributes, np.float64)
         _check_vjp(double, single, inputs, names, rng)
     if moments is not None or pullback is not None:
-        _check_moments(single, inputs, names if vjp else [], moments, pullback, draws, mode, rng)
+        _check_moments(single, inputs, names if vjp else [], moments, pullback, draws, analysis_mode, rng)
     if proof:
         _check_proof(single, inputs, names if vjp else [], rng)
 
@@ -101,7 +101,8 @@ def _model(
         if isinstance(value, Activation):
             graph_inputs.append(helper.make_tensor_value_info(f"x{k}", kind, value.shape))
         elif value is not None:
-            array = value.astype(dtype) if value.dtype.kind == "f" else value
+            single = value.dtype.kind != "f" or (op == "Resize" and k == 2)  # scales are float32 whatever x is
+            array = value if single else value.astype(dtype)
             initializers.append(onnx.numpy_helper.from_array(array, f"x{k}"))
     node = helper.make_node(
         op,

@@ -1,7 +1,7 @@
 """The five tables, one per analysis, and the helpers that derive rows for them.
 
-A row is a function; `gradlint/ops/*.py` own the rows, everything about an operator together. Signatures (xs, ys: one entry
-per input or output, None where nothing is known; each returns one entry per output or, going backward, per input):
+A row is a function; `gradlint/ops/*.py` own the rows, everything about an operator together. Signatures (xs, ys: one
+entry per input or output, None where nothing is known; each returns one per output or, going backward, per input):
 
     moments(ctx, node, xs: Moments...)                     -> Moments of the outputs
     range(ctx, node, xs: Range...)                         -> Range of the outputs
@@ -15,7 +15,7 @@ None as an answer means "not known" (moments, range, bound) or "no gradient" (pu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,9 +30,11 @@ from gradlint.quadrature import Function, Piecewise, spectrum
 
 @dataclass(frozen=True)
 class Context:
-    """What a row may ask: the examples per batch, the mode, constants, and whether a value depends on the model's inputs.
+    """What a row may ask: the examples per batch, the mode, constants, and whether a value depends on the inputs.
 
     moments: what the forward sweep has found so far; corrections: kept by `composition` for nodes already looked at.
+    For nodes with bodies: forward(body) finds the moments inside from those of the body's inputs; backward(body, seeds)
+    the gradients of what the body computes and reads; what it reads from outside gets its own added to `gradients`.
     """
 
     batch: int
@@ -41,6 +43,9 @@ class Context:
     varies: Callable[[ir.Value | None], bool]
     moments: dict[ir.Value, Moments] = field(default_factory=dict)
     corrections: dict[ir.Node, Array | None] = field(default_factory=dict)
+    gradients: dict[ir.Value, Gradient] = field(default_factory=dict)
+    forward: Callable[[ir.Graph], None] | None = None
+    backward: Callable[[ir.Graph, Mapping[ir.Value, Gradient]], dict[ir.Value, Gradient]] | None = None
 
 
 MomentsRow = Callable[[Context, ir.Node, Sequence[Moments | None]], Sequence[Moments | None]]
@@ -128,9 +133,11 @@ def _ratio(part: Array, whole: Array) -> Array:
     return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole > 0)
 
 
-def apply_moments(f: Function, x: Moments, *, kinked: bool, kinks: Sequence[float] = ()) -> Moments:
+def apply_moments(
+    f: Function, x: Moments, *, kinked: bool, kinks: Sequence[float] = (), per_unit: bool = False
+) -> Moments:
     """Moments of f(z), z ~ N(mean, var): covariances over positions and over examples by Mehler's formula."""
-    s = spectrum(f, x.mean, x.var, kinked=kinked, kinks=kinks)
+    s = spectrum(f, x.mean, x.var, kinked=kinked, kinks=kinks, per_unit=per_unit)
     square = s.mean**2
     var = s.second - square
     fixed = np.clip(s.correlated(_ratio(x.fixed, x.var)) - square, 0, var) if x.fixed.any() else np.zeros_like(var)
@@ -139,9 +146,11 @@ def apply_moments(f: Function, x: Moments, *, kinked: bool, kinks: Sequence[floa
     return Moments(s.mean, fixed, shared, var - fixed - shared)
 
 
-def apply_pullback(df: Function, x: Moments, g: Gradient, *, kinked: bool, kinks: Sequence[float] = ()) -> Gradient:
+def apply_pullback(
+    df: Function, x: Moments, g: Gradient, *, kinked: bool, kinks: Sequence[float] = (), per_unit: bool = False
+) -> Gradient:
     """Second moment of g * f'(z); g and z taken as independent, slopes correlated over positions as z is."""
-    s = spectrum(df, x.mean, x.var, kinked=kinked, kinks=kinks)
+    s = spectrum(df, x.mean, x.var, kinked=kinked, kinks=kinks, per_unit=per_unit)
     shared = np.zeros_like(s.second)
     if g.shared.any():
         shared = g.shared * np.minimum(s.correlated(_ratio(x.shared, x.var)), s.second)
@@ -266,8 +275,8 @@ Move = Callable[[ir.Node, Array], Array]
 def passthrough(op: str, move: Move, back: Move, vjp: VjpRow) -> None:
     """An operator whose output holds the elements of input 0 in another arrangement, each once.
 
-    move(node, array) arranges an array that broadcasts against the input so that it broadcasts against the output; back is
-    its inverse. The norm of the gradient is kept: the bound is 1.
+    move(node, array) arranges an array that broadcasts against the input so that it broadcasts against the output; back
+    is its inverse. The norm of the gradient is kept: the bound is 1.
     """
 
     def rest(node: ir.Node) -> tuple[None, ...]:
@@ -311,8 +320,9 @@ def product(g: Gradient, x: Moments) -> Gradient:
 def summed(ctx: Context, g: Gradient, value: ir.Value, small: tuple[int, ...], *, constant: bool) -> Gradient:
     """Second moment of a gradient shaped like `value`, summed down to the shape `small` that was broadcast to it.
 
-    Over n positions a shared part adds coherently (n^2), a local part incoherently (n); units add incoherently. What goes
-    into a `constant` (a weight) is also summed over the examples, which the loss's 1/sqrt(B) undoes.
+    Over n positions a shared part adds coherently (n^2), a local part incoherently (n); units add incoherently. What
+    goes into a `constant` (a weight) is also summed over the examples, which the loss's 1/sqrt(B) undoes. Where
+    positions remain, what was the same at all of them still is.
     """
     shape = dims(value)
     if shape is None:
@@ -331,5 +341,9 @@ def summed(ctx: Context, g: Gradient, value: ir.Value, small: tuple[int, ...], *
     positions = float(math.prod(shape[a] for a in axes if shared.shape[a] == 1))
     if constant and ctx.varies(value):
         positions = max(1.0, positions / ctx.batch)
-    total = (shared * positions**2 + local * positions).sum(axis=units, keepdims=True)
-    return Gradient(trim(np.zeros_like(total)), trim(total))
+    same = (shared * positions**2).sum(axis=units, keepdims=True)
+    rest = (local * positions).sum(axis=units, keepdims=True)
+    left = any(n > 1 and m == 1 for n, m in list(zip(small, same.shape, strict=True))[1:])
+    if constant or not left:  # no positions remain along which it could be the same
+        same, rest = np.zeros_like(rest), same + rest
+    return Gradient(trim(same), trim(rest))

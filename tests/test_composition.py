@@ -43,10 +43,11 @@ NUMBERS = {
 }
 
 
-def model(body: str) -> onnx.ModelProto:
+def model(body: str, width: int = 5) -> onnx.ModelProto:
     numbers = ", ".join(f"float {name} = {{{float(value)!r}}}" for name, value in NUMBERS.items())
+    gain = "float[5] gain = {0.3, 0.6, 1.0, 1.7, 2.5}"
     text = f"""<ir_version: 10, opset_import: ["" : 21]>
-    f (float[256, 5] x) => (float[256, 5] y) <{numbers}, float[5] gain = {{0.3, 0.6, 1.0, 1.7, 2.5}}> {{ {body} }}"""
+    f (float[256, {width}] x) => (float[256, {width}] y) <{numbers}, {gain}> {{ {body} }}"""
     return parser.parse_model(text)
 
 
@@ -73,3 +74,20 @@ def test_moments_and_gradient_are_those_of_the_whole(name: str, mean: float, std
     )
     expected = np.sqrt(np.square(gs, dtype=np.float64).mean(axis=(0, 1)))
     np.testing.assert_allclose(np.sqrt(found.gradients[x].total)[0] * np.ones(5), expected, rtol=0.05)
+
+
+def _second_moments(name: str, mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    loaded = from_proto(model(COMPOSED[name], mean.size), "composed", Path("."))
+    canonicalize(loaded, Dims())
+    x, y = loaded.graph.inputs[0], loaded.graph.outputs[0]
+    found = estimate(loaded.graph, batch=256, inputs={"x": Moments(mean, 0 * mean, 0 * mean, var)})
+    return found.moments[y].second[0], found.gradients[x].total[0]
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "mish", "hard_swish"])
+def test_wide_layers_agree_with_narrow_ones(name: str) -> None:
+    rng = np.random.default_rng(6)
+    mean, var = rng.normal(0, 0.5, (1, 4096)), rng.uniform(0.3, 1.5, (1, 4096))
+    wide, narrow = _second_moments(name, mean, var), _second_moments(name, mean[:, :5], var[:, :5])
+    np.testing.assert_allclose(wide[0][:5], narrow[0], rtol=0.02)
+    np.testing.assert_allclose(wide[1][:5], narrow[1], rtol=0.02)

@@ -6,6 +6,7 @@ import pytest
 
 from gradlint.domain import Gradient, Moments
 from gradlint.ops.activation import active_share, saturated_share
+from gradlint.quadrature import spectrum
 from gradlint.testing import Activation, check_op
 from gradlint.transfer import ELEMENTWISE, MOMENTS, PULLBACK, derivative
 
@@ -93,7 +94,7 @@ def test_prelu_after_a_dense_layer() -> None:
     check_op("PRelu", Activation((64, 7)), RNG.uniform(-0.5, 0.6, 7).astype(np.float32))
 
 
-# -- shares of flat and of active units ----------------------------------------------------------------------------------
+# -- shares of flat and of active units --------------------------------------------------------------------------------
 
 
 def _node(op: str, **attributes: float) -> ir.Node:
@@ -112,7 +113,7 @@ def test_saturated_share_is_that_of_samples(op: str, mean: float, std: float) ->
     assert top is not None
     slopes = np.abs(df(np.random.default_rng(6).normal(mean, std, 1_000_000)))
     found = saturated_share(op, node, _normal(mean, std))
-    np.testing.assert_allclose(found, np.mean(slopes < 0.05 * top), atol=0.01)
+    np.testing.assert_allclose(found, np.mean(slopes < 0.05 * top), atol=0.002)
 
 
 def test_active_share_of_a_dying_unit() -> None:
@@ -150,3 +151,19 @@ def test_no_function_overflows_noisily(op: str) -> None:
         if not rule.positive and op not in {"Exp", "Sinh", "Cosh"}:
             assert np.isfinite(f(z)).all()
             assert np.isfinite(df(z)).all()
+
+
+@pytest.mark.parametrize("op", ["Sigmoid", "Tanh", "Gelu", "Elu", "HardSwish"])
+@pytest.mark.parametrize(("spread", "scale"), [(0.3, 0.5), (1.0, 2.0), (5.0, 20.0)])
+def test_wide_layers_are_tabulated(op: str, spread: float, scale: float) -> None:
+    rng = np.random.default_rng(7)
+    mean, var = rng.normal(0, spread, 8192), (scale * rng.uniform(0.5, 1.5, 8192)) ** 2
+    for h in ELEMENTWISE[op].functions(_node(op)):
+        kinked, kinks = ELEMENTWISE[op].kinked, ELEMENTWISE[op].critical(_node(op))
+        table = spectrum(h, mean, var, kinked=kinked, kinks=kinks)
+        exact = spectrum(h, mean, var, kinked=kinked, kinks=kinks, per_unit=True)
+        np.testing.assert_allclose(table.second, exact.second, rtol=0.02)
+        np.testing.assert_allclose(table.mean, exact.mean, atol=0.01 * np.sqrt(exact.second).max())
+        np.testing.assert_allclose(
+            table.second - table.mean**2, exact.second - exact.mean**2, rtol=0.05, atol=1e-3 * exact.second.max()
+        )

@@ -1,11 +1,18 @@
 """Convolutions, plain and transposed."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-from gradlint.testing import Activation, check_op
+from gradlint.canonical import Dims, canonicalize
+from gradlint.domain import Moments, Range
+from gradlint.estimate import estimate, prove
+from gradlint.load import from_proto
+from gradlint.reverse import differentiate
+from gradlint.testing import Activation, check_op, session
 
 RNG = np.random.default_rng(1)
 
@@ -70,3 +77,80 @@ def test_conv_in_three_dimensions(group: int) -> None:
 def test_conv_transpose(x: tuple[int, ...], w: tuple[int, ...], attributes: dict[str, Any]) -> None:
     bias = normal(w[1] * attributes.get("group", 1))
     check_op("ConvTranspose", Activation(x, mean=0.5), normal(*w), bias, **attributes)
+
+
+# -- FusedConv is the sum of its parts, whose rows are proved on their own --------------------------------------------
+
+ACTIVATIONS: list[tuple[str | None, list[float], list[tuple[str, dict[str, float]]]]] = [
+    (None, [], []),
+    ("Relu", [], [("Relu", {})]),
+    ("Tanh", [], [("Tanh", {})]),
+    ("Sigmoid", [], [("Sigmoid", {})]),
+    ("LeakyRelu", [0.2], [("LeakyRelu", {"alpha": 0.2})]),
+    ("Clip", [-0.5, 0.8], [("Clip", {"min": -0.5, "max": 0.8})]),
+    ("HardSigmoid", [0.3, 0.4], [("HardSigmoid", {"alpha": 0.3, "beta": 0.4})]),
+]
+SHAPE = (4, 6, 6, 7)
+WEIGHT, BIAS = normal(6, 6, 3, 3, std=0.1), normal(6)
+
+
+def model(nodes: list[onnx.NodeProto], addend: bool, opset: int) -> onnx.ModelProto:
+    names = ["x", "z"] if addend else ["x"]
+    inputs = [onnx.helper.make_tensor_value_info(n, 1, SHAPE) for n in names]
+    outputs = [onnx.helper.make_tensor_value_info("y", 1, SHAPE)]
+    weights = [onnx.numpy_helper.from_array(a, n) for a, n in ((WEIGHT, "w"), (BIAS, "b"))]
+    imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph(nodes, "fused", inputs, outputs, weights)
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
+
+
+def gradients(proto: onnx.ModelProto, names: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    found: list[np.ndarray] = session(differentiate(proto, wrt=names)).run([f"{n}.grad" for n in names], feed)
+    return found
+
+
+def estimated(proto: onnx.ModelProto) -> tuple[dict[str, float], dict[str, Range], dict[str, float]]:
+    loaded = from_proto(proto, "model", Path("."))
+    canonicalize(loaded, Dims())
+    given = {"x": Moments.normal(4, 0.5, 1.0), "z": Moments.normal(4, 0.2, 0.5)}
+    found = estimate(loaded.graph, batch=4, inputs=given)
+    rms = {str(v.name): float(np.sqrt(np.mean(g.total))) for v, g in found.gradients.items()}
+    rms["E[y^2]"] = next(float(np.mean(m.second)) for v, m in found.moments.items() if v.name == "y")
+    box = Range(np.full((1,) * 4, -1.0), np.full((1,) * 4, 2.0))
+    proof = prove(loaded.graph, {"x": box, "z": box}, batch=4, mode="eval")
+    ranges = {str(v.name): r for v, r in proof.ranges.items()}
+    return rms, ranges, {str(v.name): f for v, f in proof.bounds.items()}
+
+
+@pytest.mark.parametrize(("activation", "params", "parts"), ACTIVATIONS)
+@pytest.mark.parametrize("addend", [False, True])
+def test_fused_conv(
+    activation: str | None, params: list[float], parts: list[tuple[str, dict[str, float]]], addend: bool
+) -> None:
+    window: dict[str, Any] = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [1, 1], "dilations": [1, 1]}
+    named: dict[str, Any] = {} if activation is None else {"activation": activation}
+    named |= {"activation_params": params} if params else {}
+    make = onnx.helper.make_node
+    read = ["x", "w", "b", *(["z"] if addend else [])]
+    fused = model([make("FusedConv", read, ["y"], domain="com.microsoft", **window, **named)], addend, 21)
+    steps: list[tuple[str, list[str], dict[str, Any]]] = [
+        ("Conv", ["x", "w", "b"], window),
+        *([("Add", ["", "z"], {})] if addend else []),
+    ]
+    steps += [(op, [""], attributes) for op, attributes in parts]
+    nodes = [
+        make(op, [v or f"t{k - 1}" for v in names], ["y" if k == len(steps) - 1 else f"t{k}"], **attributes)
+        for k, (op, names, attributes) in enumerate(steps)
+    ]
+    plain = model(nodes, addend, 10 if activation == "Clip" else 21)
+    names = ["x", "w", "b", *(["z"] if addend else [])]
+    feed = {n: RNG.standard_normal(SHAPE).astype(np.float32) for n in ("x", "z", "y.cotangent")}
+    feed = feed if addend else {n: v for n, v in feed.items() if n != "z"}
+    for one, other in zip(gradients(fused, names, feed), gradients(plain, names, feed), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    rms, ranges, bounds = estimated(fused)
+    rms_parts, ranges_parts, bounds_parts = estimated(plain)
+    assert {k: rms[k] for k in (*names, "E[y^2]")} == pytest.approx({k: rms_parts[k] for k in (*names, "E[y^2]")}, 0.02)
+    assert bounds["x"] == pytest.approx(bounds_parts["x"], 1e-3)
+    np.testing.assert_allclose(ranges["y"].lo, ranges_parts["y"].lo, atol=1e-4)
+    np.testing.assert_allclose(ranges["y"].hi, ranges_parts["y"].hi, atol=1e-4)

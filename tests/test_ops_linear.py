@@ -17,6 +17,10 @@ def test_matmul_by_a_weight(shape: tuple[int, ...]) -> None:
     check_op("MatMul", Activation(shape, mean=0.5), normal(12, 7, std=0.3))
 
 
+def test_matmul_by_a_large_weight_is_streamed() -> None:
+    check_op("MatMul", Activation((4, 600)), normal(600, 500, std=0.03), vjp=False, proof=False, draws=20)
+
+
 def test_matmul_by_a_weight_from_the_left() -> None:
     check_op("MatMul", normal(7, 5, std=0.3), Activation((8, 5, 6)))
 

@@ -68,11 +68,17 @@ def test_layer_normalization(shape: tuple[int, ...], axis: int, bias: bool) -> N
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_batch_normalization_by_running_statistics(shape: tuple[int, ...]) -> None:
-    check_op("BatchNormalization", Activation(shape, mean=0.7, std=1.5), *running(shape[1]), wrt=(0, 1, 2), mode="eval")
+    check_op(
+        "BatchNormalization",
+        Activation(shape, mean=0.7, std=1.5),
+        *running(shape[1]),
+        wrt=(0, 1, 2),
+        analysis_mode="eval",
+    )
 
 
 def test_one_value_per_channel_is_normalised_by_running_statistics() -> None:
-    check_op("BatchNormalization", Activation((1, 5)), *running(5), wrt=(0, 1, 2), mode="train")
+    check_op("BatchNormalization", Activation((1, 5)), *running(5), wrt=(0, 1, 2), analysis_mode="train")
 
 
 def test_layer_normalization_hands_out_its_statistics() -> None:

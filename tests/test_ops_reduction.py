@@ -1,6 +1,7 @@
 """Sums, means, extremes and norms over axes."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean"])
 @pytest.mark.parametrize(("over", "attributes"), LAYOUTS)
-def test_sum_and_mean(op: str, over: np.ndarray | None, attributes: Mapping[str, int]) -> None:
+def test_sum_and_mean(op: str, over: np.ndarray | None, attributes: Mapping[str, Any]) -> None:
     check_op(op, Activation((8, 6, 4, 5), mean=0.3), over, **attributes)
 
 
@@ -38,17 +39,17 @@ def test_without_axes_nothing_is_reduced(op: str) -> None:
 
 @pytest.mark.parametrize("op", ["ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"])
 @pytest.mark.parametrize(("over", "attributes"), LAYOUTS)
-def test_norms(op: str, over: np.ndarray | None, attributes: Mapping[str, int]) -> None:
+def test_norms(op: str, over: np.ndarray | None, attributes: Mapping[str, Any]) -> None:
     check_op(op, Activation((8, 6, 4, 5), mean=0.5), over, pullback=0.15 if op.endswith("Exp") else 0.1, **attributes)
 
 
 @pytest.mark.parametrize(("over", "attributes"), LAYOUTS)
-def test_log_of_a_sum(over: np.ndarray | None, attributes: Mapping[str, int]) -> None:
+def test_log_of_a_sum(over: np.ndarray | None, attributes: Mapping[str, Any]) -> None:
     check_op("ReduceLogSum", Activation((8, 6, 4, 5), mean=3, std=0.5, low=1, high=5), over, **attributes)
 
 
 @pytest.mark.parametrize(("over", "attributes"), LAYOUTS[:5])
-def test_product(over: np.ndarray, attributes: Mapping[str, int]) -> None:
+def test_product(over: np.ndarray, attributes: Mapping[str, Any]) -> None:
     check_op("ReduceProd", Activation((8, 6, 2, 3), mean=1.0, std=0.2), over, **attributes)
 
 
@@ -61,7 +62,7 @@ def test_running_sum(exclusive: int, reverse: int, axis: int) -> None:
 
 @pytest.mark.parametrize("op", ["ReduceMax", "ReduceMin"])
 @pytest.mark.parametrize(("over", "attributes"), LAYOUTS)
-def test_extremes(op: str, over: np.ndarray | None, attributes: Mapping[str, int]) -> None:
+def test_extremes(op: str, over: np.ndarray | None, attributes: Mapping[str, Any]) -> None:
     check_op(op, Activation((8, 6, 4, 5), mean=0.3), over, **attributes)
 
 

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import parser
 
-from gradlint.differentiate import differentiate
+from gradlint.reverse import differentiate
 from gradlint.testing import Activation, check_op, session
 
 RNG = np.random.default_rng(2)
@@ -169,6 +169,47 @@ def test_col2im(attributes: dict[str, list[int]]) -> None:
     check_op(
         "Col2Im", Activation((4, 8, size), mean=0.2), ints(6, 6), ints(2, 2), moments=0.2, pullback=0.2, **attributes
     )
+
+
+# -- fewer passes ------------------------------------------------------------------------------------------------------
+
+
+def backward_ops(body: str, wrt: list[str], weights: str = "") -> list[str]:
+    text = f'<ir_version: 10, opset_import: ["" : 21]>\ng (float[4,6] x) => (float[4,6] y) {weights} {{ {body} }}'
+    return [
+        n.op_type for n in differentiate(parser.parse_model(text), wrt=wrt).graph.node if n.name.startswith("grad/")
+    ]
+
+
+def test_a_transposed_weight_is_read_and_differentiated_without_a_transpose() -> None:
+    weight = f"<float[6,6] w = {{{','.join(map(str, range(36)))}}}>"
+    ops = backward_ops("t = Transpose<perm=[1, 0]>(w) y = MatMul(x, t)", ["x", "w"], weight)
+    assert ops == ["Gemm", "Gemm"]
+
+
+def test_transposes_that_cancel_are_left_out() -> None:
+    body = "a = Relu(x) t = Transpose<perm=[1, 0]>(a) s = Sigmoid(t) u = Transpose<perm=[1, 0]>(s) y = Identity(u)"
+    assert backward_ops(body, ["x"]).count("Transpose") == 2
+
+
+def test_neighbouring_slices_are_put_back_side_by_side() -> None:
+    body = """zero = Constant<value_ints=[0]>() two = Constant<value_ints=[2]>() six = Constant<value_ints=[6]>()
+    axis = Constant<value_ints=[1]>() a = Slice(x, zero, two, axis) b = Slice(x, two, six, axis)
+    c = Sigmoid(a) d = Tanh(b) y = Concat<axis=1>(c, d)"""
+    ops = backward_ops(body, ["x"])
+    assert "Pad" not in ops
+    assert "Add" not in ops
+    assert "Concat" in ops
+
+
+def test_a_case_without_a_derivative_is_listed_as_a_cut() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[4,6] x, int64[1] step) => (float[4,N] y) {
+    zero = Constant<value_ints=[0]>() six = Constant<value_ints=[6]>() axis = Constant<value_ints=[1]>()
+    y = Slice(x, zero, six, axis, step) }"""
+    back = differentiate(parser.parse_model(text), wrt=["x"])
+    assert [o.name for o in back.graph.output] == ["y"]
+    assert "Slice" in {p.key: p.value for p in back.metadata_props}["gradlint.cut"]
 
 
 # -- symbolic sizes ----------------------------------------------------------------------------------------------------

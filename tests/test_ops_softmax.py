@@ -5,7 +5,7 @@ import onnx
 import pytest
 
 from gradlint.differentiate import differentiate
-from gradlint.ops.softmax import weights
+from gradlint.ops.softmax_weights import weights
 from gradlint.testing import Activation, check_op, session
 
 CASES = [((8, 10), -1, 1.0), ((8, 3), 1, 2.0), ((4, 6, 5), 1, 0.5), ((2, 3, 16, 16), -1, 1.5), ((4, 6, 5), -2, 0.1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments
 from gradlint.graph import attribute, constant_array, dims
-from gradlint.quadrature import Piecewise, erf, pieces, spectrum
+from gradlint.quadrature import Piecewise, erf, indicator, pieces, spectrum
 from gradlint.transfer import (
     ELEMENTWISE,
     Context,
@@ -345,13 +346,13 @@ def active_share(op: str, node: ir.Node, z: Moments) -> Array:
     return _share(op, node, z, lambda slope: slope != 0)
 
 
-def _share(op: str, node: ir.Node, z: Moments, chosen: Callable[[Array], Array]) -> Array:
+def _share(op: str, node: ir.Node, z: Moments, chosen: Callable[[Array], Any]) -> Array:
     rule = ELEMENTWISE[op]
     df = rule.functions(node)[1]
-    if isinstance(df, Piecewise):
-        return spectrum(df.share(chosen), z.mean, z.var, kinked=True).mean
     if rule.positive:
-        inner = logarithmic(z)
-        return spectrum(lambda u: chosen(df(np.exp(u))).astype(float), inner.mean, inner.var, kinked=True).mean
-    kinks = rule.critical(node)
-    return spectrum(lambda u: chosen(df(u)).astype(float), z.mean, z.var, kinked=True, kinks=kinks).mean
+        z = logarithmic(z)
+    if isinstance(df, Piecewise):
+        flags = Piecewise(df.breaks, df.slopes, tuple(np.asarray(chosen(np.asarray(v)), float) for v in df.offsets))
+    else:
+        flags = indicator(lambda u: chosen(df(np.exp(u) if rule.positive else u)))
+    return spectrum(flags, z.mean, z.var, kinked=True).mean

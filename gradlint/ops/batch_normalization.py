@@ -34,7 +34,8 @@ def to_train_mode(graph: ir.Graph) -> tuple[str, ...]:
     Returns the names of the nodes left with running statistics because they see fewer than 2 values per channel.
     """
     left = []
-    for node in graph.all_nodes():
+    serial = 0
+    for node in list(graph.all_nodes()):
         if node.op_type != OP or node.domain not in ("", "ai.onnx"):
             continue
         count = _count(node)
@@ -48,10 +49,28 @@ def to_train_mode(graph: ir.Graph) -> tuple[str, ...]:
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", 1)
         node.attributes["momentum"] = ir.AttrFloat32("momentum", 0.0)
         node.resize_outputs(3)
-        for output, statistic, suffix in zip(node.outputs[1:], node.inputs[3:5], ("mean", "var"), strict=True):
+        for k, suffix in ((1, "mean"), (2, "var")):
+            output, statistic = node.outputs[k], node.inputs[k + 2]
             assert statistic is not None
             output.name, output.shape, output.type = f"{node.name}.batch_{suffix}", statistic.shape, statistic.type
+            node.replace_input_with(k + 2, _own_statistic(node, statistic, suffix, serial))
+        serial += 1
     return tuple(left)
+
+
+def _own_statistic(node: ir.Node, like: ir.Value, suffix: str, serial: int) -> ir.Value:
+    """A constant that stands for a running statistic nothing reads (momentum 0).
+
+    onnxruntime writes the batch's statistic over its buffer, and merges equal initializers before that: two layers, or
+    a layer's running mean and its bias, would overwrite each other. So each gets numbers no other constant has.
+    """
+    assert node.graph is not None
+    size = dims(like) or (1,)
+    array = np.full(size, (1 if suffix == "mean" else 2) * 1e6 + serial, np.float32)
+    name = f"{node.name}.running_{suffix}"
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=like.shape, type=like.type)
+    node.graph.register_initializer(value)
+    return value
 
 
 def _trains(node: ir.Node, mode: str) -> bool:

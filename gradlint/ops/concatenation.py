@@ -16,7 +16,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, dims
-from gradlint.ops.shape import lifted, move_bound, parts, resolution, rest
+from gradlint.ops.shape import averaged, lifted, move_bound, parts, resolution, rest
 from gradlint.transfer import Context, row
 
 Values = Sequence[ir.Value | None]
@@ -59,7 +59,11 @@ def joined(arrays: Sequence[Array], sizes: Sequence[int], axis: int) -> Array:
 
 
 def mixed(xs: Sequence[Moments], sizes: Sequence[int], axis: int) -> Moments:
-    """Moments over the positions of several parts: their average by size, the spread of the means as `fixed`."""
+    """Moments over the positions of several parts: their average by size, the spread of the means as `fixed`.
+
+    A class token is so taken for one of the patches: its smaller variance, which LayerNormalization divides by, is lost
+    (vision transformers that read it out: gradients 0.2 decades low).
+    """
     share = [n / sum(sizes) for n in sizes]
     flat = [x.map(lambda a: a.mean(axis=axis, keepdims=True)) for x in xs]
     mean = weighted([x.mean for x in flat], share)
@@ -77,6 +81,12 @@ def _unresolved(xs: Sequence[Moments], axis: int) -> bool:
     return all(s[axis] == 1 for s in sizes) and any(max(s) > 1 for s in sizes)
 
 
+def _alike(ctx: Context, x: Moments, shape: tuple[int, ...], value: ir.Value | None) -> Moments:
+    """A constant that was copied for every example (a class token) is described once."""
+    copied = not ctx.varies(value) and shape[0] == ctx.batch and np.ptp(x.mean, axis=0).max(initial=0) == 0
+    return averaged(x, (0,)) if copied else x
+
+
 def concat_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
     """Channels side by side; tokens (a class token before patches) averaged."""
     pairs = zip(xs, node.inputs, strict=True)
@@ -85,7 +95,7 @@ def concat_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) ->
         return (None,)
     rank = len(known[0][1])
     axis = attribute(node, "axis", 0) % rank
-    ms = [x.map(lambda a: lifted(a, rank)) for x, _, _ in known]
+    ms = [_alike(ctx, x.map(lambda a: lifted(a, rank)), d, v) for x, d, v in known]
     sizes = [d[axis] for _, d, _ in known]
     moving = [m for m, (_, d, v) in zip(ms, known, strict=True) if ctx.varies(v)]
     if moving and _unresolved(moving, axis) and sum(sizes) > 0:

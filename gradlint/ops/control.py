@@ -1,70 +1,221 @@
-"""If, Loop and Scan: their bodies are differentiated as graphs of their own.
-
-A body's gradient needs what the body computed, so the backward node computes it again from the body's inputs: taken
-branch for If, tape of the carried states for Loop and Scan. What a body reads from outside (its weights) gets a gradient
-through `Backward.send`.
-"""
+"""If, Loop and Scan: the estimate follows their bodies as it follows the graph around them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TypeVar
 
+import numpy as np
 import onnx_ir as ir
 
-from gradlint.backward import Backward
-from gradlint.graph import is_float
-from gradlint.subgraphs import captured, copied, emit, finish
-from gradlint.transfer import row
+from gradlint.domain import Array, Gradient, Moments
+from gradlint.graph import dims, is_float, op
+from gradlint.ops.control_vjp import Iteration, Track, if_vjp, iteration_vjp, parts_of
+from gradlint.subgraphs import captured, subgraphs
+from gradlint.transfer import Context, row
 
-Values = Sequence[ir.Value | None]
-
-
-def _zeros(b: Backward, like: ir.Value) -> ir.Value:
-    return b.op("Expand", b.scalar(0.0, like), b.shape(like), dtype=like.dtype)
+Known = TypeVar("Known", Moments, Gradient)
+_FOLLOWED = 100  # steps of a Loop or Scan that are followed, and assumed where their number is not known
 
 
-def _differentiated(
-    b: Backward, body: ir.Graph, seeds: dict[ir.Value, ir.Value], wrt: Sequence[ir.Value]
-) -> tuple[Backward, dict[ir.Value, ir.Value]]:
-    """The backward pass of a body, appended to it; cuts inside it are cuts of the node."""
-    assert b.reverse is not None
-    inside, found, cuts = b.reverse(body, seeds, wrt, mode=b.mode, outer=b)
-    b.cuts.extend(cuts)
-    b.tainted.update(v for v in wrt if v in inside.tainted)
-    return inside, found
+def _moments(ctx: Context, value: ir.Value) -> Moments | None:
+    if value in ctx.moments or ctx.varies(value) or not is_float(value):
+        return ctx.moments.get(value)
+    array = ctx.array(value)
+    return None if array is None else Moments.constant(array.astype(np.float64))
 
 
-# -- If ------------------------------------------------------------------------------------------------------------------
+def _add(ctx: Context, value: ir.Value, g: Gradient) -> None:
+    ctx.gradients[value] = ctx.gradients[value] + g if value in ctx.gradients else g
 
 
-def if_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    """An If of the same condition: each branch computes itself again and the gradients of all that both read outside.
+# -- If ----------------------------------------------------------------------------------------------------------------
 
-    What only the other branch reads has gradient zero.
+
+def if_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    """Either branch is taken as equally likely: the outputs have the moments of the mixture."""
+    if ctx.forward is None:
+        return (None,) * len(node.outputs)
+    for body in subgraphs(node):
+        ctx.forward(body)
+    found = []
+    for k, output in enumerate(node.outputs):
+        rank = None if output.shape is None else len(output.shape)
+        parts = [_moments(ctx, body.outputs[k]) for body in subgraphs(node)]
+        known = [m for m in parts if m is not None and rank in (None, m.mean.ndim)]
+        found.append(_mixed(known[0], known[-1]) if known else None)
+    return found
+
+
+def _mixed(a: Moments, b: Moments) -> Moments:
+    if a is b or a.mean.ndim != b.mean.ndim:
+        return a
+    apart = np.square(a.mean - b.mean) / 4
+    return Moments(
+        (a.mean + b.mean) / 2, (a.fixed + b.fixed) / 2, (a.shared + b.shared) / 2 + apart, (a.local + b.local) / 2
+    )
+
+
+def if_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    """Signals from outside get the gradient of the worse branch, the one that sends less of it back.
+
+    So do weights; one that only the other branch reads gets the gradient it has there.
     """
-    wanted = [v for v in captured(node) if b.wanted(v) and is_float(v)]
-    parts = []
-    for name in ("then_branch", "else_branch"):
-        body = copied(b, node.attributes[name].as_graph())
-        seeds: dict[ir.Value, ir.Value] = {}
-        for output, g in zip(body.outputs, gs, strict=True):
-            if g is not None and is_float(output):
-                seeds[output] = b.op("Add", seeds[output], g) if output in seeds else g
-        parts.append((body, *_differentiated(b, body, seeds, wanted)))
-    reached = [v for v in wanted if v not in b.tainted and any(v in found for _, _, found in parts)]
-    if not reached:
+    if ctx.backward is None:
         return (None,) * len(node.inputs)
-    for body, inside, found in parts:
-        results = [found.get(v) or _zeros(inside, v) for v in reached]
-        inside.emit(body)
-        finish(body, results)
-    then, other = (body for body, _, _ in parts)
-    condition = node.inputs[0]
-    assert condition is not None
-    for value, g in zip(reached, emit(b, "If", [condition], reached, then_branch=then, else_branch=other), strict=True):
-        g.shape = value.shape
-        b.send(value, g)
+    outside = captured(node)
+    found = [ctx.backward(body, _seeds(body.outputs, gs)) for body in subgraphs(node)]
+    signals = [v for v in outside if ctx.varies(v)]
+    worse, other = sorted(found, key=lambda part: sum(_energy(part[v], v) for v in signals if v in part))
+    for value in outside:
+        if value in worse:
+            _add(ctx, value, worse[value])
+        elif value in other and not ctx.varies(value):
+            _add(ctx, value, other[value])
+    for part in found:
+        ctx.gradients.update((v, g) for v, g in part.items() if v not in outside)
     return (None,) * len(node.inputs)
 
 
-row("If", vjp=if_vjp)
+def _energy(g: Gradient, value: ir.Value) -> float:
+    return float(np.mean(g.total)) * math.prod(dims(value) or (1,))
+
+
+def _seeds(outputs: Sequence[ir.Value], gs: Sequence[Gradient | None]) -> dict[ir.Value, Gradient]:
+    seeds: dict[ir.Value, Gradient] = {}
+    for value, g in zip(outputs, gs, strict=True):
+        if g is not None and is_float(value) and (value.shape is None or len(value.shape) == g.local.ndim):
+            seeds[value] = seeds[value] + g if value in seeds else g
+    return seeds
+
+
+# -- Loop and Scan -----------------------------------------------------------------------------------------------------
+
+
+def _steps(ctx: Context, parts: Iteration) -> int:
+    """The number of steps, `_FOLLOWED` where it is not known."""
+    for track in parts.slices:
+        shape = dims(track.whole)
+        if shape is not None:
+            return shape[track.axis]
+    limit = None if op(parts.node) == "Scan" else ctx.array(parts.node.inputs[0])
+    return _FOLLOWED if limit is None else max(0, int(limit.reshape(-1)[0]))
+
+
+def _at(known: Known, track: Track, step: int, steps: int) -> Known:
+    """What is known of one step's slice."""
+    index = steps - 1 - step if track.reverse else step
+
+    def take(array: Array) -> Array:
+        return np.take(array, index if array.shape[track.axis] > 1 else 0, axis=track.axis)
+
+    return known.map(take)
+
+
+def _stacked(parts: list[Array], track: Track, steps: int) -> Array:
+    """The inverse; steps that were not followed are like the last one that was."""
+    full = list(np.broadcast_arrays(*parts))
+    full += [full[-1]] * (steps - len(full))
+    return np.stack(full[::-1] if track.reverse else full, axis=track.axis)
+
+
+def _follow(ctx: Context, parts: Iteration, step: int, steps: int, states: Sequence[Moments | None]) -> None:
+    """Moments inside the body at one step."""
+    assert ctx.forward is not None
+    for s, m in zip(parts.states, states, strict=True):
+        _set(ctx, s.into, m)
+    for track in parts.slices:
+        whole = _moments(ctx, track.whole)
+        _set(ctx, track.each, None if whole is None else _at(whole, track, step, steps))
+    if parts.number is not None:
+        ctx.moments[parts.number] = Moments.constant(np.float64(step) * np.ones((1,) * len(parts.number.shape or ())))
+    for node in parts.body.all_nodes():
+        ctx.corrections.pop(node, None)
+    ctx.forward(parts.body)
+
+
+def _set(ctx: Context, value: ir.Value, m: Moments | None) -> None:
+    ctx.moments.pop(value, None)
+    if m is not None:
+        ctx.moments[value] = m
+
+
+def iteration_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    """Step by step, the moments of the states carried along; at most 100 steps, the rest like the last of them."""
+    parts = parts_of(node)
+    steps = 0 if parts is None else _steps(ctx, parts)
+    if ctx.forward is None or parts is None or steps == 0:
+        return (None,) * len(node.outputs)
+    states = [_moments(ctx, s.first) for s in parts.states]
+    outputs: dict[ir.Value, list[Moments | None]] = {t.whole: [] for t in parts.outputs}
+    for step in range(min(steps, _FOLLOWED)):
+        _follow(ctx, parts, step, steps, states)
+        states = [_moments(ctx, s.out) for s in parts.states]
+        for t in parts.outputs:
+            outputs[t.whole].append(_moments(ctx, t.each))
+    found: dict[ir.Value, Moments | None] = dict(zip((s.last for s in parts.states), states, strict=True))
+    for t in parts.outputs:
+        each = [m for m in outputs[t.whole] if m is not None]
+        if len(each) == len(outputs[t.whole]):
+            names = ("mean", "fixed", "shared", "local")
+            found[t.whole] = Moments(*(_stacked([getattr(m, n) for m in each], t, steps) for n in names))
+    return [found.get(v) for v in node.outputs]
+
+
+def iteration_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    """The steps backwards: gradients of what is captured add over the steps, taken as uncorrelated.
+
+    Of what the body computes the mean over the steps is kept.
+    """
+    parts = parts_of(node)
+    steps = 0 if parts is None else _steps(ctx, parts)
+    if ctx.backward is None or parts is None or steps == 0:
+        return (None,) * len(node.inputs)
+    followed, given = min(steps, _FOLLOWED), dict(zip(node.outputs, gs, strict=True))
+    trail = [[_moments(ctx, s.first) for s in parts.states]]
+    for step in range(followed):
+        _follow(ctx, parts, step, steps, trail[-1])
+        trail.append([_moments(ctx, s.out) for s in parts.states])
+    d_states = [given[s.last] for s in parts.states]
+    d_slices: dict[ir.Value, list[Gradient]] = {t.each: [] for t in parts.slices}
+    outside = set(captured(node))
+    for step in range(followed - 1, -1, -1):
+        _follow(ctx, parts, step, steps, trail[step])
+        outs: list[Gradient | None] = []
+        for t in parts.outputs:
+            g = given[t.whole]
+            outs.append(None if g is None else _at(g, t, step, steps))
+        seeds = _seeds([s.out for s in parts.states] + [t.each for t in parts.outputs], [*d_states, *outs])
+        found = ctx.backward(parts.body, seeds)
+        d_states = [found.get(s.into) for s in parts.states]
+        for t in parts.slices:
+            if t.each in found:
+                d_slices[t.each].insert(0, found[t.each])
+        for value, g in found.items():
+            _add(ctx, value, g if value in outside else g.scaled(1 / followed))
+    result = {s.first: g for s, g in zip(parts.states, d_states, strict=True)}
+    for t in parts.slices:
+        each = d_slices[t.each]
+        if len(each) == followed:
+            result[t.whole] = Gradient(
+                *(_stacked([getattr(g, n) for g in each], t, steps) for n in ("shared", "local"))
+            )
+    return [None if v is None else result.get(v) for v in node.inputs]
+
+
+row("If", moments=if_moments, pullback=if_pullback, vjp=if_vjp)
+row("Loop", moments=iteration_moments, pullback=iteration_pullback, vjp=iteration_vjp)
+row("Scan", moments=iteration_moments, pullback=iteration_pullback, vjp=iteration_vjp)

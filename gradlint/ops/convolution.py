@@ -31,7 +31,7 @@ from gradlint.ops.linear import operator_norm
 from gradlint.transfer import Context, product, row
 
 Values = Sequence[ir.Value | None]
-_BLOCK = 1 << 22  # elements of a weight worked on at a time
+_BLOCK = 1 << 18  # elements of a weight worked on at a time: 1 MB in float32
 
 
 # -- taps and positions ------------------------------------------------------------------------------------------------
@@ -81,48 +81,69 @@ def taps(here: Sequence[int], there: Sequence[int], kernel: Sequence[int], at: G
 # -- a kernel as matrices ----------------------------------------------------------------------------------------------
 
 
+Reduce = Callable[[np.ndarray, Taps], np.ndarray]
+
+
+def _over_taps(w: np.ndarray, m: Array) -> np.ndarray:
+    """w (groups, rows, columns, taps) times m (taps, ..): one product of matrices."""
+    return (w.reshape(-1, w.shape[3]) @ m.astype(np.float32)).reshape(*w.shape[:3], -1)
+
+
+def _each(w: np.ndarray, t: Taps) -> np.ndarray:
+    """W itself, tap by tap."""
+    return w
+
+
+def _magnitude(w: np.ndarray, t: Taps) -> np.ndarray:
+    """|W|, tap by tap."""
+    return np.abs(w)
+
+
 def _energy(w: np.ndarray, t: Taps) -> np.ndarray:
     """Mean over positions of the sum over taps of W^2: what an independent part goes through."""
-    return np.square(w) @ t.valid.astype(np.float32)
-
-
-def _classes(w: np.ndarray, t: Taps) -> np.ndarray:
-    """The sum over taps of W, per class of positions: what a part that is the same everywhere goes through."""
-    return w if t.masks.shape == (1, 1) else w @ t.masks.astype(np.float32)
+    return _over_taps(np.square(w), t.valid[:, None])
 
 
 def _level(w: np.ndarray, t: Taps) -> np.ndarray:
-    """The squared mean over positions of that sum: how much of such a part stays the same everywhere."""
-    return np.square(_classes(w, t) @ t.share.astype(np.float32))
+    """Square of the mean over positions of the sum over taps of W: how much of a shared part stays shared."""
+    return np.square(_over_taps(w, t.valid[:, None]))
 
 
 def _coherent(w: np.ndarray, t: Taps) -> np.ndarray:
-    """The mean over positions of that sum squared: all that comes of such a part."""
-    return np.square(_classes(w, t)) @ t.share.astype(np.float32)
+    """Mean over positions of the square of the sum over taps of W: all that comes of a shared part.
 
-
-def through(
-    through_: Callable[[np.ndarray, Taps], np.ndarray], w: np.ndarray, t: Taps, v: Array, *, rows: bool
-) -> Array:
-    """Sum of v times `through_(w, t)` over the rows or over the columns of w (groups, rows, columns, taps).
-
-    v is (groups, channels); in float32, in blocks of rows, v scaled so that nothing underflows.
+    A form of rank `classes` at most; components under a thousandth of the whole are left out.
     """
-    top = float(np.max(np.abs(v), initial=0.0))
-    scaled = (v / (top or 1.0)).astype(np.float32)
+    values, vectors = np.linalg.eigh((t.masks * t.share) @ t.masks.T)
+    kept = values > 1e-3 * values.sum()
+    return np.square(_over_taps(w, vectors[:, kept] * np.sqrt(values[kept]))).sum(axis=-1, keepdims=True)
+
+
+def through(w: np.ndarray, t: Taps, terms: Sequence[tuple[Reduce, Array]], *, rows: bool) -> list[Array]:
+    """For each (reduce, v): the sum of v times `reduce(w, t)` over the rows or columns of w.
+
+    w is (groups, rows, columns, taps), v (groups, channels), the answer (groups, channels, 1 or taps). In float32, in
+    blocks of rows that fit the cache; each v is scaled so that nothing underflows.
+    """
+    tops = [float(np.max(np.abs(v), initial=0.0)) or 1.0 for _, v in terms]
+    scaled = [(v / top).astype(np.float32)[:, None] for (_, v), top in zip(terms, tops, strict=True)]
     groups, count, columns = w.shape[:3]
     step = max(1, _BLOCK // max(1, groups * columns * w.shape[3]))
-    found = []
+    parts: list[list[Array]] = [[] for _ in terms]
     for k in range(0, count, step):
-        m = through_(w[:, k : k + step].astype(np.float32, copy=False), t)
-        m = m.reshape(*m.shape[:3], -1)
-        if rows:
-            part = np.matmul(scaled[:, None, k : k + step], m.reshape(*m.shape[:2], -1))
-            found.append(part.reshape(groups, columns, -1))
-        else:
-            found.append(np.matmul(scaled[:, None, None, :], m)[:, :, 0, :])
-    total = np.sum(found, axis=0, dtype=np.float64) if rows else np.concatenate(found, axis=1).astype(np.float64)
-    return np.asarray(total * top)
+        block = w[:, k : k + step].astype(np.float32, copy=False)
+        for (reduce, _), v, found in zip(terms, scaled, parts, strict=True):
+            m = reduce(block, t)
+            if rows:
+                part = np.matmul(v[..., k : k + step], m.reshape(*m.shape[:2], -1)).reshape(groups, columns, -1)
+            elif m.shape[3] == 1:
+                part = np.matmul(m[..., 0], np.swapaxes(v, 1, 2))
+            else:
+                part = np.matmul(v[:, None], m)[:, :, 0]
+            found.append(part.astype(np.float64))
+    if rows:
+        return [np.asarray(np.sum(found, axis=0) * top) for found, top in zip(parts, tops, strict=True)]
+    return [np.concatenate(found, axis=1) * top for found, top in zip(parts, tops, strict=True)]
 
 
 # -- estimate ----------------------------------------------------------------------------------------------------------
@@ -134,27 +155,31 @@ def _spread(w: np.ndarray, t: Taps, x: Moments, bias: Array, *, rows: bool) -> M
     The mean differs by class of position: its variance over positions is `fixed`. A shared part goes through the sum
     over taps: what of it is the same in every class stays shared, the rest varies with the example and the position.
     """
-    per_class = through(_classes, w, t, x.mean, rows=rows)
-    mean = per_class @ t.share
-    fixed = np.maximum(per_class**2 @ t.share - mean**2, 0.0)
-    local = np.zeros_like(mean)
-    if x.fixed.any():
-        fixed = fixed + through(_energy, w, t, x.fixed, rows=rows)[..., 0]
-    if x.local.any():
-        local = local + through(_energy, w, t, x.local, rows=rows)[..., 0]
-    shared, moved = _split_shared(w, t, x.shared, rows=rows)
-    return Moments(mean + bias, fixed, shared, local + moved)
+    terms: list[tuple[Reduce, Array]] = [(_each, x.mean), *_shared_terms(t, x.shared)]
+    terms += [(_energy, v) for v in (x.fixed, x.local) if v.any()]
+    each, *found = through(w, t, terms, rows=rows)
+    per_class = each @ t.masks
+    mean = np.asarray(per_class @ t.share)
+    shared, moved = _shared_parts(t, x.shared, found, mean)
+    rest = [v[..., 0] for v in found[len(_shared_terms(t, x.shared)) :]]
+    fixed = rest.pop(0) if x.fixed.any() else np.zeros_like(mean)
+    local = rest.pop(0) if x.local.any() else np.zeros_like(mean)
+    uneven = np.maximum(per_class**2 @ t.share - mean**2, 0.0)
+    return Moments(mean + bias, fixed + uneven, shared, local + moved)
 
 
-def _split_shared(w: np.ndarray, t: Taps, shared: Array, *, rows: bool) -> tuple[Array, Array]:
-    """What becomes of a shared part: still shared, and now different between positions."""
+def _shared_terms(t: Taps, shared: Array) -> list[tuple[Reduce, Array]]:
+    """What `through` has to be asked about a shared part."""
     if not shared.any():
-        zero = np.zeros((w.shape[0], w.shape[2] if rows else w.shape[1]))
-        return zero, zero
-    level = through(_level, w, t, shared, rows=rows)[..., 0]
-    if t.masks.shape[1] == 1:
-        return level, np.zeros_like(level)
-    return level, np.maximum(through(_coherent, w, t, shared, rows=rows)[..., 0] - level, 0.0)
+        return []
+    return [(_level, shared)] if t.masks.shape[1] == 1 else [(_level, shared), (_coherent, shared)]
+
+
+def _shared_parts(t: Taps, shared: Array, found: Sequence[Array], like: Array) -> tuple[Array, Array]:
+    """From the answers: what of a shared part is still shared, and what now differs between positions."""
+    asked = len(_shared_terms(t, shared))
+    level = found[0][..., 0] if asked else np.zeros_like(like)
+    return level, np.maximum(found[1][..., 0] - level, 0.0) if asked == 2 else np.zeros_like(level)
 
 
 def _per_channel(a: Array, channels: int, groups: int) -> Array:
@@ -255,8 +280,10 @@ def conv_pullback(
     g = collapsed_gradient(g)
     per_group = g.map(lambda a: _per_channel(a, c.out_channels, groups))
     back = c.backward
-    shared, moved = _split_shared(c.w, back, per_group.shared, rows=not c.transposed)
-    local = through(_energy, c.w, back, per_group.local, rows=not c.transposed)[..., 0]
+    terms: list[tuple[Reduce, Array]] = [(_energy, per_group.local), *_shared_terms(back, per_group.shared)]
+    energy, *found_shared = through(c.w, back, terms, rows=not c.transposed)
+    local = energy[..., 0]
+    shared, moved = _shared_parts(back, per_group.shared, found_shared, local)
     dx = Gradient(shared, local + moved).map(lambda a: a.reshape(1, -1, *ones))
     flat = collapsed(x).map(lambda a: _per_channel(a, c.channels, groups))
     found: list[Gradient | None] = [dx, _weight(c, flat, per_group).map(lambda a: a.reshape(-1, 1, *ones))]
@@ -296,13 +323,10 @@ def conv_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Seque
     lo, hi = x.lo.min(axis=axes), x.hi.max(axis=axes)
     if not (c.forward.valid == 1.0).all():
         lo, hi = np.minimum(lo, 0.0), np.maximum(hi, 0.0)
-    whole = Taps(np.ones((c.w.shape[3], 1)), np.ones(1), 1)
     centre, radius = (_per_channel(a, c.channels, c.at.group) for a in ((lo + hi) / 2, (hi - lo) / 2))
-    mid = through(_classes, c.w, whole, centre, rows=c.transposed)[..., 0].reshape(-1)
-    size, reach = (
-        through(lambda w, t: _classes(np.abs(w), t), c.w, whole, a, rows=c.transposed)[..., 0].reshape(-1)
-        for a in (np.abs(centre), radius)
-    )
+    terms: list[tuple[Reduce, Array]] = [(_each, centre), (_magnitude, np.abs(centre)), (_magnitude, radius)]
+    found = through(c.w, c.forward, terms, rows=c.transposed)
+    mid, size, reach = (m.sum(axis=-1).reshape(-1) for m in found)
     slack = 1e-5 * (size + reach + np.abs(bias))  # float32, here and in the model
     shape = (1, -1, *(1,) * len(c.kernel))
     return (Range((mid + bias - reach - slack).reshape(shape), (mid + bias + reach + slack).reshape(shape)),)

@@ -14,9 +14,11 @@ import onnx_ir as ir
 
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
-from gradlint.graph import attribute, dims
+from gradlint.graph import dims
 from gradlint.ops.attention_products import (
     contract,
+    heads_apart,
+    kinship,
     logits,
     logits_pullback,
     makes_logits,
@@ -28,21 +30,61 @@ from gradlint.ops.attention_products import (
 from gradlint.transfer import Context, product, row, summed
 
 Values = Sequence[ir.Value | None]
-_BLOCK = 1 << 24  # elements of a weight squared at a time: 64 MB in float32
+_BLOCK = 1 << 18  # elements of a weight worked on at a time: 1 MB in float32
+_ROW = 1 << 12  # of which next to each other
 
 
 def times(v: Array, w: np.ndarray, power: int = 1) -> Array:
-    """v @ w**power over the last axis of v, in blocks of rows: no second copy of a large matrix."""
+    """v @ w**power over the last axis of v, in blocks of rows: no second copy of a large matrix.
+
+    Where one token differs from the rest (a class token), equal neighbours are multiplied once.
+    """
+    if w.ndim == 2 and v.ndim > 1 and v.shape[-2] > 4:
+        same = (v[..., 1:, :] == v[..., :-1, :]).all(axis=tuple(a for a in range(v.ndim) if a != v.ndim - 2))
+        starts = np.concatenate([[0], 1 + np.flatnonzero(~same)])
+        if len(starts) <= v.shape[-2] // 2:
+            lengths = np.diff([*starts, v.shape[-2]])
+            return np.repeat(times(v[..., starts, :], w, power), lengths, axis=-2)
     if v.shape[-1] != w.shape[-2]:
         v = np.broadcast_to(v, (*v.shape[:-1], w.shape[-2]))
     if w.ndim > 2 or w.size <= _BLOCK:
         return np.matmul(v, (w if power == 1 else np.square(w, dtype=np.float32)).astype(v.dtype, copy=False))
+    return _streamed(v, w, power)
+
+
+def _streamed(v: Array, w: np.ndarray, power: int) -> Array:
+    """v @ w**power in blocks that fit the cache, in the order w lies in memory; single precision within a block."""
+    size = float(np.abs(v).max())
     total = np.zeros((*v.shape[:-1], w.shape[-1]))
-    rows = max(1, _BLOCK // w.shape[-1])
-    for k in range(0, w.shape[-2], rows):
-        block = w[k : k + rows].astype(np.float32, copy=False)
-        total += v[..., k : k + rows].astype(np.float32) @ (block if power == 1 else np.square(block))
-    return total
+    if size == 0.0:
+        return total
+    scaled = (v / size).astype(np.float32)  # second moments of vanishing gradients are below float32
+    flipped = bool(w.flags.f_contiguous)
+    stored = w.T if flipped else w
+    step = max(1, _BLOCK // min(stored.shape[1], _ROW))
+    for i in range(0, stored.shape[0], step):
+        for j in range(0, stored.shape[1], _ROW):
+            block = stored[i : i + step, j : j + _ROW].astype(np.float32, copy=False)
+            block = block if power == 1 else np.square(block)
+            if flipped:
+                total[..., i : i + step] += scaled[..., j : j + _ROW] @ block.T
+            else:
+                total[..., j : j + _ROW] += scaled[..., i : i + step] @ block
+    return total * size
+
+
+def _squares(parts: Sequence[Array], w: np.ndarray) -> list[Array]:
+    """Each part times w squared; all of them in one pass over w, none for what is zero."""
+    live = [k for k, part in enumerate(parts) if part.any()]
+    shape = np.broadcast_shapes(*(part.shape for part in parts))
+    found = [np.zeros((1,) * len(shape)) for _ in parts]
+    if w.ndim > 2:
+        for k in live:
+            found[k] = times(parts[k], w, 2)
+    elif live:
+        for k, part in zip(live, times(np.stack([np.broadcast_to(parts[k], shape) for k in live]), w, 2), strict=True):
+            found[k] = part
+    return found
 
 
 def project(x: Moments, w: np.ndarray, width: int) -> Moments:
@@ -58,7 +100,7 @@ def project(x: Moments, w: np.ndarray, width: int) -> Moments:
         shared = np.minimum(x.shared * level**2, total)
         fixed = x.mean**2 * spread + x.fixed * float(energy.mean())
         return Moments(x.mean * level, fixed, shared, np.maximum(total - shared - x.fixed * float(energy.mean()), 0))
-    return Moments(times(x.mean, w), times(x.fixed, w, 2), times(x.shared, w, 2), times(x.local, w, 2))
+    return Moments(times(x.mean, w), *_squares((x.fixed, x.shared, x.local), w))
 
 
 def operator_norm(w: np.ndarray) -> float:
@@ -66,8 +108,10 @@ def operator_norm(w: np.ndarray) -> float:
 
     min of the Frobenius norm and sqrt(norm_1 norm_inf); for small matrices the exact value.
     """
-    a = np.abs(w.astype(np.float64)) if w.size <= _BLOCK else np.abs(w)
+    a = np.abs(w.astype(np.float64)) if w.size <= 1 << 24 else np.abs(w)
     if max(w.shape[-2:]) <= 512 and w.ndim == 2:
+        if not np.isfinite(w).all():
+            return math.inf
         return float(np.linalg.norm(w.astype(np.float64), 2)) * (1 + 1e-9)
     frobenius = np.sqrt(np.square(a).sum(axis=(-2, -1)))
     return float(np.max(np.minimum(frobenius, np.sqrt(a.sum(axis=-2).max(axis=-1) * a.sum(axis=-1).max(axis=-1)))))
@@ -83,8 +127,21 @@ def interval(x: Range, w: np.ndarray) -> Range:
 
 def weight_gradient(ctx: Context, node: ir.Node, x: Moments, g: Gradient, shape: tuple[int, ...]) -> Gradient:
     """E[dW_kn^2], averaged over k: the sum over positions of x_k g_n."""
-    average = x.map(lambda a: a.mean(axis=-1, keepdims=True))
+    average = Moments(*(a.mean(axis=-1, keepdims=True) for a in (x.mean**2, x.fixed, x.shared, x.local)))
+    average = Moments(np.sqrt(average.mean), average.fixed, average.shared, average.local)
+    g = _over_tokens(g, average)
     return summed(ctx, product(g, average), node.outputs[0], (*(1,) * (len(shape) - 1), shape[-1]), constant=True)
+
+
+def _over_tokens(g: Gradient, x: Moments) -> Gradient:
+    """g averaged over the tokens it tells apart where x does not: the shared part keeps its coherence."""
+    axes = tuple(a for a, n in enumerate(np.broadcast_shapes(x.mean.shape, x.second.shape)[:-1]) if n == 1)
+    axes = tuple(a for a in axes if max(g.shared.shape[a], g.local.shape[a]) > 1)
+    if not axes:
+        return g
+    shared, local = np.broadcast_arrays(g.shared, g.local)
+    same = np.sqrt(shared).mean(axis=axes, keepdims=True) ** 2
+    return Gradient(same, local.mean(axis=axes, keepdims=True) + shared.mean(axis=axes, keepdims=True) - same)
 
 
 # -- two activations ---------------------------------------------------------------------------------------------------
@@ -107,7 +164,7 @@ def multiply(a: Moments, b: Moments, width: int) -> Moments:
 
 
 def _towards(g: Gradient, other: Moments, width: int) -> Gradient:
-    """Gradient of one operand: the sum over `width` of g times the other; coherent where both are the same all along."""
+    """Gradient of one operand: the sum over `width` of g times the other; coherent where both are alike all along."""
     along = other.mean**2 + other.shared
     coherent = contract(g.shared, along, width)
     if g.shared.shape[-1] == 1 and other.mean.shape[-2] == 1:
@@ -116,7 +173,7 @@ def _towards(g: Gradient, other: Moments, width: int) -> Gradient:
     return Gradient(coherent + rest, contract(g.local, other.second, width))
 
 
-# -- MatMul --------------------------------------------------------------------------------------------------------------
+# -- MatMul ------------------------------------------------------------------------------------------------------------
 
 
 def _reduce_stack(ctx: Context, g: Gradient, node: ir.Node, index: int) -> Gradient:
@@ -140,15 +197,19 @@ def _reduce_stack(ctx: Context, g: Gradient, node: ir.Node, index: int) -> Gradi
 def matmul_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
     a, b = xs
     shape_a, shape_b = dims(node.inputs[0]), dims(node.inputs[1])
-    if a is None or b is None or shape_a is None or shape_b is None or min(len(shape_a), len(shape_b)) < 2:
+    if shape_a is None or shape_b is None or min(len(shape_a), len(shape_b)) < 2:
         return (None,)
-    if not ctx.varies(node.inputs[1]) and (w := ctx.array(node.inputs[1])) is not None:
+    if a is not None and not ctx.varies(node.inputs[1]) and (w := ctx.array(node.inputs[1])) is not None:
         return (project(a, w, shape_a[-1]),)
-    if not ctx.varies(node.inputs[0]) and (w := ctx.array(node.inputs[0])) is not None:
+    if b is not None and not ctx.varies(node.inputs[0]) and (w := ctx.array(node.inputs[0])) is not None:
         return (project(b.map(swap), swap(w), shape_b[-2]).map(swap),)
+    if a is None or b is None:
+        return (None,)
     if makes_logits(node):
         return (logits(a, b, shape_a[-1]),)
-    return (mixture(a, b, shape_a[-1]) if mixes(node) else multiply(a, b, shape_a[-1]),)
+    if mixes(node):
+        return (mixture(a, b.map(lambda part: heads_apart(part, shape_b)), shape_a[-1]),)
+    return (multiply(a, b, shape_a[-1]),)
 
 
 def matmul_pullback(
@@ -160,16 +221,20 @@ def matmul_pullback(
 ) -> Sequence[Gradient | None]:
     (a, b), g = xs, gs[0]
     shape_a, shape_b = dims(node.inputs[0]), dims(node.inputs[1])
-    if a is None or b is None or g is None or shape_a is None or shape_b is None or min(len(shape_a), len(shape_b)) < 2:
+    if g is None or shape_a is None or shape_b is None or min(len(shape_a), len(shape_b)) < 2:
         return (None, None)
-    if not ctx.varies(node.inputs[1]) and (w := ctx.array(node.inputs[1])) is not None:
-        return _back(g, a, swap(w)), weight_gradient(ctx, node, a, g, shape_b)
-    if not ctx.varies(node.inputs[0]) and (w := ctx.array(node.inputs[0])) is not None:
+    if a is not None and not ctx.varies(node.inputs[1]) and (w := ctx.array(node.inputs[1])) is not None:
+        return back(g, a, swap(w)), weight_gradient(ctx, node, a, g, shape_b)
+    if b is not None and not ctx.varies(node.inputs[0]) and (w := ctx.array(node.inputs[0])) is not None:
         dw = weight_gradient(ctx, node, b.map(swap), g.map(swap), (shape_a[-1], shape_a[-2]))
-        return dw.map(swap), _back(g.map(swap), b.map(swap), w).map(swap)
+        return dw.map(swap), back(g.map(swap), b.map(swap), w).map(swap)
+    if a is None or b is None:
+        return (None, None)
     if makes_logits(node):
-        da, db = logits_pullback(g, a, b, shape_a[-2], shape_b[-1])
+        kin = kinship(ctx, node, ys[0]) if ys[0] is not None else 1.0
+        da, db = (d.scaled(kin) for d in logits_pullback(g, a, b, shape_a[-2], shape_b[-1]))
     elif mixes(node):
+        g = g.map(lambda part: heads_apart(part, dims(node.outputs[0]) or part.shape))
         da, db = mixture_pullback(g, a, b, shape_a[-2], shape_b[-1])
     else:
         da = _towards(g, b.map(swap), shape_b[-1])
@@ -177,13 +242,13 @@ def matmul_pullback(
     return _reduce_stack(ctx, da, node, 0), _reduce_stack(ctx, db, node, 1)
 
 
-def _back(g: Gradient, x: Moments, wt: np.ndarray) -> Gradient:
+def back(g: Gradient, x: Moments, wt: np.ndarray) -> Gradient:
     """g W^T; kept per position where x is described so (W mixed positions)."""
     if g.local.shape[-1] == 1 and wt.shape[-2] > 1:
         energy = float(np.square(wt, dtype=np.float64).sum(axis=-2).mean())
         sums = wt.astype(np.float64).sum(axis=-2)
         return Gradient(g.shared * float(sums.mean()) ** 2, g.local * energy + g.shared * float(sums.var()))
-    return Gradient(times(g.shared, wt, 2), times(g.local, wt, 2))
+    return Gradient(*_squares((g.shared, g.local), wt))
 
 
 def matmul_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
@@ -287,108 +352,3 @@ row(
     bound=matmul_bound,
     vjp=matmul_vjp,
 )
-
-
-# -- Gemm ----------------------------------------------------------------------------------------------------------------
-
-
-def _gemm_parts(ctx: Context, node: ir.Node) -> tuple[np.ndarray | None, bool]:
-    """alpha * op(B) where B is constant, and whether A comes transposed."""
-    w = None if ctx.varies(node.inputs[1]) else ctx.array(node.inputs[1])
-    if w is None:
-        return None, bool(attribute(node, "transA", 0))
-    w = w.T if attribute(node, "transB", 0) else w
-    alpha = attribute(node, "alpha", 1.0)
-    return (w if alpha == 1.0 else w * np.asarray(alpha, w.dtype)), bool(attribute(node, "transA", 0))
-
-
-def _bias(ctx: Context, node: ir.Node) -> Array | None:
-    c = node.inputs[2] if len(node.inputs) > 2 else None
-    if c is None:
-        return np.zeros((1, 1))
-    array = ctx.array(c)
-    return None if array is None else attribute(node, "beta", 1.0) * np.atleast_2d(array).astype(np.float64)
-
-
-def gemm_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
-    w, flipped = _gemm_parts(ctx, node)
-    bias = _bias(ctx, node)
-    x = xs[0]
-    if x is None or w is None or bias is None:
-        return (None,)
-    y = project(x.map(swap) if flipped else x, w, w.shape[-2])
-    return (Moments(y.mean + bias, y.fixed, y.shared, y.local),)
-
-
-def gemm_pullback(
-    ctx: Context,
-    node: ir.Node,
-    xs: Sequence[Moments | None],
-    ys: Sequence[Moments | None],
-    gs: Sequence[Gradient | None],
-) -> Sequence[Gradient | None]:
-    w, flipped = _gemm_parts(ctx, node)
-    x, g = xs[0], gs[0]
-    shape = dims(node.inputs[1])
-    if x is None or g is None or w is None or shape is None:
-        return (None,) * len(node.inputs)
-    x = x.map(swap) if flipped else x
-    dx = _back(g, x, w.T)
-    dw = weight_gradient(ctx, node, x, g, w.shape).scaled(attribute(node, "alpha", 1.0) ** 2)
-    found: list[Gradient | None] = [
-        dx.map(swap) if flipped else dx,
-        dw.map(swap) if attribute(node, "transB", 0) else dw,
-    ]
-    if len(node.inputs) > 2:
-        c = dims(node.inputs[2])
-        beta = attribute(node, "beta", 1.0)
-        found.append(None if c is None else summed(ctx, g, node.outputs[0], c, constant=True).scaled(beta**2))
-    return found
-
-
-def gemm_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
-    w, flipped = _gemm_parts(ctx, node)
-    bias, x = _bias(ctx, node), xs[0]
-    if x is None or w is None or bias is None:
-        return (None,)
-    y = interval(x.map(swap) if flipped else x, w)
-    return (Range(y.lo + bias, y.hi + bias),)
-
-
-def gemm_bound(
-    ctx: Context, node: ir.Node, xs: Sequence[Range | None], ys: Sequence[Range | None]
-) -> Sequence[float | None]:
-    w, _ = _gemm_parts(ctx, node)
-    return (None if w is None else operator_norm(w), *(None,) * (len(node.inputs) - 1))
-
-
-def gemm_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    """y = alpha op(A) op(B) + beta C: dA = alpha G op(B)^T, dB = alpha op(A)^T G, dC = beta G summed; op undone."""
-    x, w = node.inputs[:2]
-    g = gs[0]
-    assert g is not None
-    flip_x, flip_w = attribute(node, "transA", 0), attribute(node, "transB", 0)
-    alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
-    scale = {} if alpha == 1.0 else {"alpha": alpha}
-    dx = dw = None
-    if b.wanted(x):
-        dx = (
-            b.op("Gemm", w, g, transA=flip_w, transB=1, **scale)
-            if flip_x
-            else b.op("Gemm", g, w, transB=1 - flip_w, **scale)
-        )
-    if b.wanted(w):
-        dw = (
-            b.op("Gemm", g, x, transA=1, transB=flip_x, **scale)
-            if flip_w
-            else b.op("Gemm", x, g, transA=1 - flip_x, **scale)
-        )
-    if len(node.inputs) < 3 or not b.wanted(node.inputs[2]):
-        return dx, dw
-    c = node.inputs[2]
-    assert c is not None
-    dc = b.unbroadcast(g, c, node.outputs[0])
-    return dx, dw, dc if beta == 1.0 else b.op("Mul", dc, b.scalar(beta, dc))
-
-
-row("Gemm", moments=gemm_moments, range=gemm_range, pullback=gemm_pullback, bound=gemm_bound, vjp=gemm_vjp)

@@ -1,15 +1,10 @@
-"""Pooling over windows: of the maximum, the mean, the p-norm; and MaxUnpool.
-
-Maxima of n elements are described by the order statistics of a normal distribution; behind a Relu by those of the
-normal that was rectified, since the maximum commutes with Relu. Neighbouring elements are taken as uncorrelated.
-"""
+"""Pooling over windows, of the mean and of the p-norm; neighbouring elements are taken as uncorrelated."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,7 +23,6 @@ from gradlint.ops.separable import (
     separable_pullback,
     separable_range,
 )
-from gradlint.quadrature import above, density, pieces
 from gradlint.transfer import Context, apply_moments, row
 
 Values = Sequence[ir.Value | None]
@@ -108,98 +102,8 @@ def pooled_shape(node: ir.Node) -> tuple[int | None, ...]:
     return () if shape is None else tuple(n if isinstance(n, int) else None for n in shape.dims)
 
 
-# -- the maximum of n --------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=256)
-def order_statistics(n: float) -> tuple[float, float]:
-    """Mean and variance of the largest of n independent standard normals: density n phi Phi^(n-1)."""
-    u = np.linspace(-9.0, 9.0, 3601)
-    weight = n * density(u) * (1 - above(u)) ** (n - 1)
-    weight /= weight.sum()
-    mean = float(u @ weight)
-    return mean, float(np.square(u - mean) @ weight)
-
-
-_T = np.linspace(-6.0, 8.0, 1401)
-_FIRST = density(_T) + _T * (1 - above(_T))
-_SECOND = (1 + _T**2) * (1 - above(_T)) + _T * density(_T)
-_RECTIFIED = pieces((0.0,), (0.0, 1.0), (0.0, 0.0))[0]
-
-
-def _behind_relu(node: ir.Node) -> bool:
-    x = node.inputs[0]
-    source = None if x is None else x.producer()
-    return source is not None and source.op_type == "Relu"
-
-
-def _before_relu(x: Moments) -> tuple[Moments, Array]:
-    """The normal z with max(z, 0) of mean and second moment as x, and its mean over its standard deviation."""
-    t = np.interp(
-        np.divide(x.mean**2, x.second, out=np.zeros_like(x.mean), where=x.second > 0), _FIRST**2 / _SECOND, _T
-    )
-    std = x.mean / np.interp(t, _T, _FIRST)
-    scale = np.divide(std**2, x.var, out=np.zeros_like(std), where=x.var > 0)
-    return Moments(t * std, x.fixed * scale, x.shared * scale, x.local * scale), t
-
-
-def _largest(x: Moments, n: float) -> Moments:
-    """The maximum of n normals whose shared part is common to all."""
-    level, var = order_statistics(n)
-    return Moments(x.mean + level * np.sqrt(x.fixed + x.local), x.fixed * var, x.shared, x.local * var)
-
-
-def max_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
-    x, w = xs[0], windows(node)
-    if x is None or w is None:
-        return (None,) * len(node.outputs)
-    x = collapsed(x)
-    if _behind_relu(node):
-        y = apply_moments(_RECTIFIED, _largest(_before_relu(x)[0], w.count), kinked=True)
-    else:
-        y = _largest(x, w.count)
-    return (y, *(None,) * (len(node.outputs) - 1))
-
-
-def max_pullback(
-    ctx: Context,
-    node: ir.Node,
-    xs: Sequence[Moments | None],
-    ys: Sequence[Moments | None],
-    gs: Sequence[Gradient | None],
-) -> Sequence[Gradient | None]:
-    """Each window sends its gradient to one of its n elements, any of them alike.
-
-    Two windows that overlap in m of M elements choose the same one with probability m / M; then a shared gradient adds
-    coherently. Behind a Relu the chosen element is more often positive than others are, P(max > 0) / P(z > 0), which
-    the Relu's own row can't know: the factor is applied here.
-    """
-    x, g, w = xs[0], gs[0], windows(node)
-    if g is None or w is None:
-        return (None,)
-    g = collapsed_gradient(g)
-    level = g.shared * w.ratio**2
-    total = g.shared * w.ratio * _same_choice(w) + g.local * w.ratio
-    back = Gradient(level, np.maximum(total - level, 0.0))
-    if x is not None and _behind_relu(node):
-        positive = 1 - above(_before_relu(collapsed(x))[1])
-        back = back.scaled((1 - (1 - positive) ** w.count) / np.maximum(positive, 1e-12))
-    return (back,)
-
-
-def _same_choice(w: Windows) -> float:
-    """Windows, itself among them, that are expected to choose the same element as a window does."""
-    shifts: Array = np.ones(1)
-    for kernel, stride, dilation, out in zip(w.kernel, w.at.strides, w.at.dilations, w.outs, strict=True):
-        reach = min(((kernel - 1) * dilation) // stride, out - 1)
-        taps = np.arange(kernel) * dilation
-        common = [np.intersect1d(taps, taps + k * stride).size for k in range(-reach, reach + 1)]
-        shifts = np.outer(shifts, common).reshape(-1)
-    n = math.prod(w.kernel)
-    return float(np.sum(shifts / (2 * n - shifts)))
-
-
-def max_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
+def window_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
+    """No element of the output leaves the range of the input's."""
     x = xs[0]
     if x is None:
         return (None,)
@@ -207,68 +111,10 @@ def max_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequen
     return (Range(x.lo.min(axis=axes, keepdims=True), x.hi.max(axis=axes, keepdims=True)),)
 
 
-def max_bound(
-    ctx: Context, node: ir.Node, xs: Sequence[Range | None], ys: Sequence[Range | None]
-) -> Sequence[float | None]:
-    """An element gets the gradients of at most `copies` windows, a window's goes to one element."""
-    w = windows(node)
-    return (None if w is None else math.sqrt(w.copies),)
-
-
-# -- MaxPool -----------------------------------------------------------------------------------------------------------
-
-
-def _attributes(node: ir.Node) -> dict[str, Any]:
+def window_attributes(node: ir.Node) -> dict[str, Any]:
+    """What a pooling says about its windows, to hand on to another."""
     names = ("kernel_shape", "strides", "pads", "dilations", "ceil_mode", "auto_pad")
     return {name: attribute(node, name) for name in names if name in node.attributes}
-
-
-def max_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    """g goes to the first maximum of each window, which MaxPool's second output names (in the flattened input).
-
-    Where windows tile the input MaxUnpool puts it there; else it is added up.
-    """
-    x, g, w = node.inputs[0], gs[0], windows(node)
-    assert x is not None
-    assert g is not None
-    if attribute(node, "storage_order", 0) == 0 and len(node.outputs) > 1:
-        indices = node.outputs[1]
-    else:
-        indices = b.ops("MaxPool", x, outputs=2, **_attributes(node))[1]
-        indices.dtype = ir.DataType.INT64
-    if w is not None and not any((*w.at.begin, *w.at.end)) and all(d == 1 for d in w.at.dilations):
-        tiles = zip(w.sizes, w.outs, w.kernel, w.at.strides, strict=True)
-        if all(n == q * k and s == k for n, q, k, s in tiles):
-            kernel = list(w.kernel)
-            return (b.op("MaxUnpool", g, indices, kernel_shape=kernel, strides=kernel),)
-    flat = b.constant([-1])
-    size = b.op("Reshape", b.op("Size", x, dtype=ir.DataType.INT64), flat)
-    assert g.dtype is not None
-    zeros = b.op("ConstantOfShape", size, dtype=g.dtype, value=ir.tensor(np.zeros(1, g.dtype.numpy()), name="zero"))
-    moved = b.op("Reshape", indices, flat)
-    summed = b.op("ScatterElements", zeros, moved, b.op("Reshape", g, flat), axis=0, reduction="add", dtype=g.dtype)
-    return (b.op("Reshape", summed, b.shape(x)),)
-
-
-row("MaxPool", moments=max_moments, range=max_range, pullback=max_pullback, bound=max_bound, vjp=max_vjp)
-
-
-# -- GlobalMaxPool -----------------------------------------------------------------------------------------------------
-
-
-def global_max_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    """g goes to the first maximum of each channel."""
-    x, g = node.inputs[0], gs[0]
-    assert x is not None
-    assert g is not None
-    flat = b.op("Reshape", x, b.constant([0, 0, -1]))
-    first = b.op("ArgMax", flat, axis=2, keepdims=1, dtype=ir.DataType.INT64)
-    zero = b.op("Mul", flat, b.scalar(0.0, flat))
-    placed = b.op("ScatterElements", zero, first, b.op("Reshape", g, b.constant([0, 0, 1])), axis=2)
-    return (b.op("Reshape", placed, b.shape(x)),)
-
-
-row("GlobalMaxPool", moments=max_moments, range=max_range, pullback=max_pullback, bound=max_bound, vjp=global_max_vjp)
 
 
 # -- AveragePool -------------------------------------------------------------------------------------------------------
@@ -331,8 +177,10 @@ def average_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     if w is not None:
         return (adjoint(b, g, w.means(bool(attribute(node, "count_include_pad", 0))), pooled_shape(node)),)
     one = b.op("Expand", b.scalar(1.0, g), layout(b, 1, 1, (x, 2, None)))
-    inside = b.op("LpPool", one, p=1, **_attributes(node))
-    share = b.op("AveragePool", one, count_include_pad=attribute(node, "count_include_pad", 0), **_attributes(node))
+    inside = b.op("LpPool", one, p=1, **window_attributes(node))
+    share = b.op(
+        "AveragePool", one, count_include_pad=attribute(node, "count_include_pad", 0), **window_attributes(node)
+    )
     return (summed_back(b, node, b.op("Mul", g, b.op("Div", share, inside))),)
 
 
@@ -399,8 +247,85 @@ def global_average_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
 row(
     "GlobalAveragePool",
     moments=global_average_moments,
-    range=max_range,
+    range=window_range,
     pullback=global_average_pullback,
     bound=global_average_bound,
     vjp=global_average_vjp,
 )
+
+
+# -- LpPool, GlobalLpPool ----------------------------------------------------------------------------------------------
+
+
+def _power(node: ir.Node) -> float:
+    return float(attribute(node, "p", 2))
+
+
+def norm_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    """(sum of |x|^p)^(1/p): the sum of n independent terms taken as normal, then its root."""
+    x, w, p = xs[0], windows(node), _power(node)
+    if x is None or w is None:
+        return (None,)
+    terms = apply_moments(lambda z: np.abs(z) ** p, collapsed(x), kinked=True)
+    total = separable_moments(w.sums, terms)
+    return (apply_moments(lambda s: np.maximum(s, 0.0) ** (1 / p), total, kinked=True),)
+
+
+def norm_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    """dx = sign(x) (|x| / y)^(p - 1) g, with E[y^(2p - 2)] as E[y^2]^(p - 1); windows taken as independent."""
+    x, y, g, w, p = xs[0], ys[0], gs[0], windows(node), _power(node)
+    if x is None or y is None or g is None or w is None:
+        return (None,)
+    powers = apply_moments(lambda z: np.abs(z) ** (2 * p - 2), collapsed(x), kinked=True).mean
+    back = collapsed_gradient(g).total * w.count * w.ratio * powers / np.maximum(y.second, 1e-300) ** (p - 1)
+    return (Gradient(np.zeros_like(back), back),)
+
+
+def norm_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
+    """Between 0 and the norm of a window full of the largest magnitude."""
+    x, w = xs[0], windows(node)
+    if x is None or w is None:
+        return (None,)
+    axes = tuple(range(2, x.lo.ndim))
+    top = np.maximum(np.abs(x.lo), np.abs(x.hi)).max(axis=axes, keepdims=True)
+    return (Range(np.zeros_like(top), top * math.prod(w.kernel) ** (1 / _power(node)) * (1 + 1e-5)),)
+
+
+def norm_bound(
+    ctx: Context, node: ir.Node, xs: Sequence[Range | None], ys: Sequence[Range | None]
+) -> Sequence[float | None]:
+    """The p-norm of n numbers changes by at most n^max(0, 1/p - 1/2) times their change in the 2-norm."""
+    w = windows(node)
+    if w is None:
+        return (None,)
+    slope = math.prod(w.kernel) ** max(0.0, 1 / _power(node) - 0.5)
+    return (math.sqrt(w.copies) * slope,)
+
+
+def norm_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
+    """dx = sign(x) |x|^(p - 1) times the windows' g y^(1 - p), 0 where y is 0."""
+    x, y, g, p = node.inputs[0], node.outputs[0], gs[0], _power(node)
+    assert x is not None
+    assert g is not None
+    if p > 1:
+        positive = b.op("Greater", y, b.scalar(0.0, y), dtype=ir.DataType.BOOL)
+        safe = b.op("Where", positive, y, b.scalar(1.0, y), dtype=y.dtype)
+        g = b.op("Div", g, safe if p == 2 else b.op("Pow", safe, b.scalar(p - 1, y)))
+    spread = g if node.op_type.startswith("Global") else summed_back(b, node, g)
+    if p == 1:
+        slope = b.op("Sign", x)
+    elif p == 2:
+        slope = x
+    else:
+        slope = b.op("Mul", b.op("Sign", x), b.op("Pow", b.op("Abs", x), b.scalar(p - 1, x)))
+    return (b.op("Mul", slope, spread),)
+
+
+for _op in ("LpPool", "GlobalLpPool"):
+    row(_op, moments=norm_moments, range=norm_range, pullback=norm_pullback, bound=norm_bound, vjp=norm_vjp)

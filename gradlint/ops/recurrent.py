@@ -15,7 +15,7 @@ from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import op
 from gradlint.ops.linear import operator_norm
 from gradlint.ops.recurrent_cell import activations, backwards, lengths, optional
-from gradlint.ops.recurrent_ensemble import Back, Cell, Tape, follow, follow_back, time_profile
+from gradlint.ops.recurrent_ensemble import Back, Cell, Tape, follow, follow_back, product, time_profile
 from gradlint.ops.recurrent_vjp import recurrent_vjp
 from gradlint.transfer import Context, row
 
@@ -58,7 +58,7 @@ def recurrent_pullback(
     if ens is None:
         return (None,) * len(node.inputs)
     backs = follow_back(ens, gs)
-    dx = sum(_natural(node, k, b.into_w @ c.w) for k, (b, c) in enumerate(zip(backs, ens.cells, strict=True)))
+    dx = sum(_natural(node, k, product(b.into_w, c.w)) for k, (b, c) in enumerate(zip(backs, ens.cells, strict=True)))
     parts = [_weights(c, t, b) for c, t, b in zip(ens.cells, ens.tapes, backs, strict=True)]
     dw, dr, db, dp = (np.stack(p) for p in zip(*parts, strict=True))
     h0, c0 = (np.stack([getattr(b, name) for b in backs]) for name in ("h0", "c0"))
@@ -76,15 +76,11 @@ def _weights(cell: Cell, tape: Tape, b: Back) -> tuple[Array, Array, Array, Arra
     """E over the ensemble of the squared sums over steps: W and R (rows averaged over their columns), B, P."""
     before = np.stack(tape.before)
 
-    def outer(g: Array, v: Array) -> Array:
-        products = np.einsum("tng,tnv->ngv", g, v, optimize=True)
-        return np.square(products).mean(axis=(0, 2))[:, None]
-
-    dw = outer(b.into_w, tape.x)
-    dr = outer(b.into_r, before)
+    dw = _summed_products(b.into_w, tape.x)
+    dr = _summed_products(b.into_r, before)
     if cell.kind == "GRU" and not cell.late:
         third = 2 * cell.r.shape[1]
-        dr[third:] = outer(b.into_r[..., third:], before * np.stack([f[3] for f in tape.factors]))
+        dr[third:] = _summed_products(b.into_r[..., third:], before * np.stack([f[3] for f in tape.factors]))
     db = np.concatenate([np.square(g.sum(axis=0)).mean(axis=0) for g in (b.into_w, b.into_r)])
     dp = np.zeros(3 * cell.r.shape[1])
     if cell.kind == "LSTM":
@@ -93,6 +89,18 @@ def _weights(cell: Cell, tape: Tape, b: Back) -> tuple[Array, Array, Array, Arra
         sums = [np.square((g * c).sum(axis=0)).mean(axis=0) for g, c in ((i, old), (o, new), (f, old))]
         dp = np.concatenate(sums)
     return dw, dr, db, dp
+
+
+def _summed_products(g: Array, v: Array) -> Array:
+    """E of (sum over t of g_tj v_tk)^2, averaged over k: the diagonal of g^T (v v^T / K) g, one sequence at a time."""
+    total = np.zeros(g.shape[2])
+    for n in range(g.shape[1]):
+        own, seen = g[:, n], v[:, n]
+        if len(seen) <= seen.shape[1]:
+            total += np.sum(own * (seen @ seen.T @ own), axis=0) / seen.shape[1]
+        else:
+            total += np.square(own.T @ seen).mean(axis=1)
+    return (total / g.shape[1])[:, None]
 
 
 _BOUNDED = {"tanh": (-1.0, 1.0), "softsign": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "hardsigmoid": (0.0, 1.0)}

@@ -254,8 +254,11 @@ def reshape_pullback(
     sizes = _sizes(node)
     if gs[0] is None or sizes is None:
         return (None, *rest(node))
-    varies = ctx.varies(node.inputs[0])
-    return (reshaped_back(ctx, xs[0] if varies else None, gs[0], *sizes, varies=varies), *rest(node))
+    x = node.inputs[0]
+    varies = ctx.varies(x)
+    copies = x is not None and (before := x.producer()) is not None and op(before) == "Expand"
+    known = xs[0] if varies and not copies else None  # the gradient differs from copy to copy (heads that share keys)
+    return (reshaped_back(ctx, known, gs[0], *sizes, varies=varies), *rest(node))
 
 
 def move_bound(

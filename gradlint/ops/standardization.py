@@ -77,7 +77,7 @@ def standardize(x: Moments, over: Group, eps: float, *, centre: bool = True) -> 
     var = _average(mean**2 + fixed + shared + local, axes)
     noise = sum(_average(2 * v**2 + 4 * v * mean**2, axes) / n for v, n in ((shared, over.shared), (local, over.local)))
     freedom = np.divide(2 * var**2, noise, out=np.full_like(var, np.inf), where=noise > 0)
-    inverse = 1 / (var + eps)
+    inverse = 1 / np.maximum(var + eps, 1e-300)
     with np.errstate(invalid="ignore"):
         excess = np.where(freedom > 1e6, 1.0, freedom / np.maximum(freedom - 2, 0.5 * freedom))
     scale = np.sqrt(inverse)
@@ -96,14 +96,18 @@ def project(g: Gradient, s: Standardized, over: Group, *, centre: bool = True) -
     second = np.broadcast_to(y.second, common)
     positions = max(1.0, over.local / over.shared)
     bar = coherent + (second - coherent) / positions
-    m2 = _average(g.local * second, axes) / over.local + _average(g.shared * bar, axes) / over.shared
+    own, common_part = _average(g.local * second, axes) / over.local, _average(g.shared * bar, axes) / over.shared
+    m2 = own + common_part
     local = _centred(g.local, axes, over.local) if centre else g.local
     shared = _centred(g.shared, axes, over.shared) if centre else g.shared
     total = shared + local - 2 * (g.local * second / over.local + g.shared * bar / over.shared) + second * m2
     if centre and over.shared == 1:
         kept = np.zeros_like(total)
     else:
-        kept = np.clip(shared - 2 * g.shared * coherent / over.shared + coherent * m2, 0, None)
+        same = (
+            m2 if positions > 1 else common_part
+        )  # of statistics per position only g's shared part is the same at all
+        kept = np.clip(shared - 2 * g.shared * coherent / over.shared + coherent * same, 0, None)
     total = np.maximum(total, 0)
     kept = np.minimum(kept, total)
     return Gradient(kept * s.rate, (total - kept) * s.rate)

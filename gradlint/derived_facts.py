@@ -1,0 +1,150 @@
+"""Facts that follow from others: ratios between layers, updates at a learning rate, derivatives near a pole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.estimate import Estimate, Proof
+from gradlint.fact_table import Fact, Subject
+from gradlint.graph import is_float, op, source
+from gradlint.patterns import scalar
+from gradlint.results import Evidence
+from gradlint.trunk import crossing
+
+if TYPE_CHECKING:
+    from gradlint.facts import Anatomy
+
+Figures = dict[Evidence, dict[str, float]]
+_KINDS: tuple[Evidence, ...] = ("estimated", "measured")
+_REACH = 4.0  # standard deviations an estimated range extends to
+_POLES = ("Log", "Sqrt", "Div", "Reciprocal", "Pow")
+
+
+def on_trunk(parts: Anatomy, norms: Mapping[ir.Value, float]) -> frozenset[ir.Node]:
+    """Layers whose output carries the largest gradient across its cut of the graph, within a decade."""
+    curve = crossing(parts.graph, norms)
+    return frozenset(
+        n for n in parts.layers if n in curve and norms.get(n.outputs[0], 0.0) >= 0.1 * curve[n] and curve[n] > 0
+    )
+
+
+def variance_ratios(subjects: Sequence[Subject]) -> dict[str, Figures]:
+    """Variance of each layer's output / of the first layer's, by layer name and kind of evidence."""
+    found: dict[str, Figures] = {}
+    for kind in _KINDS:
+        spreads = [
+            (s.layer, float(std))
+            for s in subjects
+            if s.layer and isinstance(std := s.facts.get(f"{kind}_output_std"), float) and math.isfinite(std)
+        ]
+        first = next((std for _, std in spreads if std > 0), None)
+        if first is None:
+            continue
+        for layer, std in spreads:
+            found.setdefault(layer, {}).setdefault(kind, {})["variance_ratio"] = (std / first) ** 2
+    return found
+
+
+def update_ratio(facts: Mapping[str, Fact], kind: Evidence, learning_rate: float | None) -> float | None:
+    """log10 of learning rate * gradient / weight, both as root mean squares."""
+    grad, weight = facts.get(f"{kind}_grad_rms"), facts.get("weight_rms")
+    if not learning_rate or not isinstance(grad, float) or not isinstance(weight, float) or min(grad, weight) <= 0:
+        return None
+    return math.log10(learning_rate * grad / weight)
+
+
+def fp16_underflow(grad_rms: float | None) -> float | None:
+    """Share of normal draws of this root mean square that are under 2^-24, the least positive number of half
+    precision."""
+    if grad_rms is None or not math.isfinite(grad_rms) or grad_rms <= 0:
+        return None
+    return math.erf(2.0**-24 / (grad_rms * math.sqrt(2)))
+
+
+def learning_spread(weights: Iterable[Subject], trunk: frozenset[str], kind: Evidence) -> float | None:
+    """log10 of the largest to the smallest gradient / weight, over the kernels of layers on the trunk (by name)."""
+    ratios = [
+        float(grad) / float(rms)
+        for s in weights
+        if s.layer in trunk
+        and s.facts.get("role") in ("kernel", "recurrent")
+        and not s.facts.get("is_structural_zero")
+        and isinstance(grad := s.facts.get(f"{kind}_grad_rms"), float)
+        and isinstance(rms := s.facts.get("weight_rms"), float)
+        and grad > 0
+        and rms > 0
+    ]
+    return math.log10(max(ratios) / min(ratios)) if len(ratios) > 1 else None
+
+
+def forward_scale(layer: ir.Node, estimate: Estimate, measured: Mapping[str, Mapping[str, float]]) -> float | None:
+    """Standard deviation of the value a layer's weights are multiplied with; measured where it was."""
+    for value in layer.inputs:
+        if value is None or value not in estimate.varies or not is_float(value):
+            continue
+        if (std := measured.get(str(value.name), {}).get("output_std")) is not None:
+            return std
+        x = estimate.moments.get(value)
+        if x is not None:
+            return math.sqrt(max(0.0, float(np.mean(x.second)) - float(np.mean(x.mean)) ** 2))
+    return None
+
+
+# -- poles -------------------------------------------------------------------------------------------------------------
+
+
+def pole_subjects(parts: Anatomy, estimate: Estimate, proof: Proof, non_finite: frozenset[str]) -> list[Subject]:
+    """Nodes whose derivative has a pole, with its bound over the input's range. non_finite: values the probe saw
+    overflow."""
+    found = []
+    for order, node in enumerate(parts.graph):
+        if op(node) not in _POLES or node.outputs[0] not in estimate.varies:
+            continue
+        facts = _pole_facts(node, estimate, proof)
+        if facts:
+            facts |= {"op_type": op(node), "output_non_finite": str(node.outputs[0].name) in non_finite}
+            found.append(Subject("layer", str(node.name), None, order, facts, {}, (), source(node)))
+    return found
+
+
+def _pole_facts(node: ir.Node, estimate: Estimate, proof: Proof) -> dict[str, Fact]:
+    """Bound of |f'| over mean +- 4 standard deviations, cut to the proved range; and whether that range holds the
+    pole."""
+    value = node.inputs[1] if op(node) == "Div" else node.inputs[0]
+    exponent = scalar(node.inputs[1]) if op(node) == "Pow" else None
+    x = estimate.moments.get(value) if value is not None else None
+    if value not in estimate.varies or x is None or (op(node) == "Pow" and (exponent is None or exponent >= 1)):
+        return {}
+    spread = _REACH * np.sqrt(np.maximum(x.var, 0))
+    low, high = float(np.min(x.mean - spread)), float(np.max(x.mean + spread))
+    box = proof.ranges.get(value)
+    if box is not None:
+        low, high = max(low, float(box.lo.min())), min(high, float(box.hi.max()))
+    nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
+    if op(node) in ("Log", "Sqrt") and low <= 0:
+        nearest = 0.0
+    facts: dict[str, Fact] = {"pole_derivative": _derivative(node, nearest, exponent, estimate)}
+    if box is not None:
+        facts["pole_in_range"] = bool(np.any((box.lo <= 0) & (box.hi >= 0)))
+    return facts
+
+
+def _derivative(node: ir.Node, nearest: float, exponent: float | None, estimate: Estimate) -> float:
+    """|f'| at the distance `nearest` from the pole."""
+    if nearest == 0:
+        return math.inf
+    if op(node) == "Log":
+        return 1 / nearest
+    if op(node) == "Sqrt":
+        return 0.5 / math.sqrt(nearest)
+    if op(node) == "Pow":
+        assert exponent is not None
+        return abs(exponent) * nearest ** (exponent - 1)
+    x = estimate.moments.get(node.inputs[0]) if op(node) == "Div" and node.inputs[0] is not None else None
+    size = 1.0 if x is None else math.sqrt(float(np.max(x.second)))
+    return max(1 / nearest, size / nearest**2) if op(node) == "Div" else 1 / nearest**2

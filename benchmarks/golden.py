@@ -73,8 +73,13 @@ def cnn(*end):
 
 # name -> (network, example input, losses)
 CASES = {
-    "mlp": (nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 3)), (4, 5), ("linear", "cross-entropy", "mse")),
-    "softmax_head": (nn.Sequential(nn.Linear(5, 8), nn.ELU(), nn.Linear(8, 3), nn.Softmax(-1)), (4, 5), ("cross-entropy",)),
+    "mlp": (
+        nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 3)),
+        (4, 5), ("linear", "cross-entropy", "mse"),
+    ),
+    "softmax_head": (
+        nn.Sequential(nn.Linear(5, 8), nn.ELU(), nn.Linear(8, 3), nn.Softmax(-1)), (4, 5), ("cross-entropy",)
+    ),
     "sigmoid_head": (nn.Sequential(nn.Linear(5, 8), nn.LeakyReLU(), nn.Linear(8, 1), nn.Sigmoid()), (4, 5), ("bce",)),
     "cnn": (cnn(), (4, 2, 12, 12), ("linear", "cross-entropy")),
     "attention": (Attention(), "ids", ("linear",)),
@@ -120,7 +125,9 @@ def make(name, net, shape, losses):
             for parameter, p in net.named_parameters():
                 arrays[f"{loss}.{mode}.{parameter}"] = p.grad.numpy().copy()
     net.eval()
-    program = torch.onnx.export(net, (x,), dynamo=True, verbose=False, input_names=["x"], output_names=["y"], optimize=False)
+    program = torch.onnx.export(
+        net, (x,), dynamo=True, verbose=False, input_names=["x"], output_names=["y"], optimize=False
+    )
     model = program.model_proto
     for node in model.graph.node:
         for entry in node.metadata_props:  # no path of the machine that made it

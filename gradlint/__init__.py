@@ -42,8 +42,8 @@ def differentiate(
     """The backward model of `model`: a plain ONNX model that computes its gradients.
 
     Inputs: the model's own and `<output>.cotangent` for each float output. Outputs: the model's own, then `<name>.grad`
-    for each name in `wrt` (inputs, initializers or intermediate values; default: float inputs and weights). A name whose
-    gradient is cut gets no output and is listed in the metadata. Raises ModelError, UsageError.
+    for each name in `wrt` (inputs, initializers or intermediate values; default: float inputs and weights). A name
+    whose gradient is cut gets no output and is listed in the metadata. Raises ModelError, UsageError.
     """
     from gradlint import reverse
 

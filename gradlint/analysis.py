@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from gradlint.canonical import Dims, canonicalize, deciding_inputs
+from gradlint.binding import Dims, deciding_inputs
+from gradlint.canonical import canonicalize
 from gradlint.data import Data, check_inputs, read_data, setting, synthetic
 from gradlint.domain import Moments, Range
 from gradlint.estimate import Estimate, Proof, estimate, prove
@@ -26,6 +27,7 @@ from gradlint.graph import FLOATS, dims, folded_batchnorms, is_float, op, split_
 from gradlint.judge import judge, verdict
 from gradlint.load import Source, from_proto, read, source
 from gradlint.options import Options
+from gradlint.probe import Probe, Skipped, probe
 from gradlint.reach import disconnected_subjects
 from gradlint.recurrent_facts import unknown_lengths
 from gradlint.results import LEVELS, Coverage, ModelInfo, Report, Settings, Summary
@@ -35,8 +37,6 @@ from gradlint.stage import guess_stage
 
 if TYPE_CHECKING:
     import onnx
-
-    from gradlint.probe import Probe, Skipped
 
 _RANGE = 6.0  # the declared range of float inputs: synthetic data is clipped to it
 
@@ -219,8 +219,6 @@ def _probe(
     """The measurement, or why there is none; and where its data came from, in words."""
     if not options.probe:
         return None, "none"
-    from gradlint.probe import Skipped, probe
-
     graph = source.model.graph
     given = dict(data.inputs) if data else {}
     for value in graph.inputs:
@@ -277,7 +275,7 @@ def _model_facts(
         "probe_skipped": False,
         "cut_nodes": 0,
     }
-    if probed is not None and hasattr(probed, "reason"):
+    if isinstance(probed, Skipped):
         facts |= {"probe_skipped": True, "probe_skipped_reason": probed.reason, "probe_remedy": probed.remedy or None}
     elif probed is not None:
         cuts = Counter(c.op_type for c in probed.cuts)
@@ -300,7 +298,7 @@ def _examples(probed: Probe | Skipped | None, guess: Estimate) -> int:
 
 def _coverage(graph: ir.Graph, guess: Estimate, probed: Probe | Skipped | None) -> Coverage:
     nodes = list(graph)
-    measured = getattr(probed, "measured", frozenset())
+    measured: frozenset[str] = getattr(probed, "measured", frozenset())
     return Coverage(
         nodes=len(nodes),
         estimated=sum(n not in guess.behind for n in nodes),

@@ -142,8 +142,8 @@ _RATE = re.compile(r"^(sr|sample_?rate|sampling_?rate|rate)$", re.I)
 def synthetic(graph: ir.Graph, seed: int, given: Mapping[str, np.ndarray]) -> Arrays:
     """Arrays for the inputs not `given`, by the kind of each input; dimensions of `graph` must be bound.
 
-    Floats: standard normal clipped to 6 (images: 1/f-correlated, since white noise averages out in a deep CNN); integers
-    that index a table: uniform over its rows; masks: ones; states and caches: zeros; lengths: the longest.
+    Floats: standard normal clipped to 6 (images: 1/f-correlated, since white noise averages out in a deep CNN);
+    integers that index a table: uniform over its rows; masks: ones; states and caches: zeros; lengths: the longest.
     Raises DataError for an input whose size is not known.
     """
     arrays: Arrays = {}

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from gradlint.estimate import Estimate, Proof
 from gradlint.fact_table import Fact, Subject
 from gradlint.graph import is_float, op, source
-from gradlint.patterns import scalar
+from gradlint.patterns import normalisations, scalar
 from gradlint.results import Evidence
 from gradlint.trunk import crossing
 
@@ -101,15 +101,26 @@ def forward_scale(layer: ir.Node, estimate: Estimate, measured: Mapping[str, Map
 def pole_subjects(parts: Anatomy, estimate: Estimate, proof: Proof, non_finite: frozenset[str]) -> list[Subject]:
     """Nodes whose derivative has a pole, with its bound over the input's range. non_finite: values the probe saw
     overflow."""
-    found = []
+    found, norms = [], normalisations(parts.graph)
     for order, node in enumerate(parts.graph):
-        if op(node) not in _POLES or node.outputs[0] not in estimate.varies:
+        if op(node) not in _POLES or node.outputs[0] not in estimate.varies or _is_guarded(node, norms):
             continue
         facts = _pole_facts(node, estimate, proof)
         if facts:
             facts |= {"op_type": op(node), "output_non_finite": str(node.outputs[0].name) in non_finite}
             found.append(Subject("layer", str(node.name), None, order, facts, {}, (), source(node)))
     return found
+
+
+def _is_guarded(node: ir.Node, norms: set[ir.Node]) -> bool:
+    """Part of a normalisation written out, or of a softmax: x / sum(x)."""
+    if node in norms:
+        return True
+    readers = {s for n in (node, *node.successors()) for s in n.successors()}
+    if readers & norms:
+        return True
+    sums = node.inputs[1].producer() if op(node) == "Div" and node.inputs[1] is not None else None
+    return sums is not None and op(sums) == "ReduceSum" and sums.inputs[0] is node.inputs[0]
 
 
 def _pole_facts(node: ir.Node, estimate: Estimate, proof: Proof) -> dict[str, Fact]:

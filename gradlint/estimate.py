@@ -1,7 +1,8 @@
 """The static estimate: moments forward, second moments of the gradient backward, from the file alone.
 
 Two sweeps over the canonical graph through the tables of `transfer`. Nothing is executed; weights are read where a row
-asks for them. The linear loss with standard normal targets is assumed: the second moment of every output's gradient is 1.
+asks for them. The linear loss with standard normal targets is assumed: the second moment of every output's gradient is
+1.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Proof:
-    """What holds for every input in the declared range: `ranges` per value, `bounds` on the gradient's norm per value."""
+    """What holds for every input in range: `ranges` per value, `bounds` on the gradient's norm per value."""
 
     ranges: Mapping[ir.Value, Range] = field(default_factory=dict)
     bounds: Mapping[ir.Value, float] = field(default_factory=dict)
@@ -74,8 +75,8 @@ def estimate(
 ) -> Estimate:
     """Both sweeps over a canonical graph with bound dimensions.
 
-    inputs: moments of graph inputs by name (default: standard normal floats). Never fails for a missing row: moments pass
-    through, and the node is listed.
+    inputs: moments of graph inputs by name (default: standard normal floats). Never fails for a missing row: moments
+    pass through, and the node is listed.
     """
     ctx = context(graph, batch=batch, mode=mode)
     varies = frozenset(v for n in graph.all_nodes() for v in n.outputs if ctx.varies(v)) | frozenset(graph.inputs)
@@ -213,7 +214,8 @@ def prove(graph: ir.Graph, ranges: Mapping[str, Range], *, batch: int, mode: str
     """Interval ranges forward, products of operator norms backward.
 
     ranges: the declared range of each graph input. A bound counts per unit of the cotangent's norm at the outputs, and
-    only where one is known and below 1e6; BatchNormalization by batch statistics has no range (it depends on the batch).
+    only where one is known and below 1e6; BatchNormalization by batch statistics has no range (it depends on the
+    batch).
     """
     ctx = context(graph, batch=batch, mode=mode)
     found: dict[ir.Value, Range] = {v: ranges[str(v.name)] for v in graph.inputs if str(v.name) in ranges}

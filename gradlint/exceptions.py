@@ -2,7 +2,9 @@
 
 
 class GradlintError(Exception):
-    """Base of every error gradlint raises on purpose; the command line prints it as one line and exits with `exit_code`."""
+    """Base of every error gradlint raises on purpose; the command line prints it as one line and exits with
+    `exit_code`.
+    """
 
     exit_code = 2
 

@@ -188,14 +188,16 @@ def _add_ratios(subjects: list[Subject]) -> None:
         subjects[k] = replace(subject, facts=known.facts, evidence=known.evidence)
 
 
-# -- flow ----------------------------------------------------------------------------------------------------------------
+# -- flow --------------------------------------------------------------------------------------------------------------
 
 _Curve = Mapping[ir.Node, float]
 
 
 @dataclass(frozen=True)
 class _Flow:
-    """Trunk gradient (decades against its largest nearer the outputs, and against the last layer) and signal at every cut."""
+    """Trunk gradient (decades against its largest nearer the outputs, and against the last layer) and signal at every
+    cut.
+    """
 
     decades: Mapping[Evidence, _Curve]
     growth: Mapping[Evidence, _Curve]
@@ -224,16 +226,22 @@ class _Flow:
         decades: dict[Evidence, _Curve] = {}
         growth: dict[Evidence, _Curve] = {}
         stem = _before_head(parts)
+        cotangents: dict[Evidence, float] = {"estimated": cotangent_norm(graph, estimate)}
+        if measured is not None:
+            cotangents["measured"] = measured.cotangent
         for kind, figures in norms.items():
             curve = crossing(graph, figures)
             shown = {n: curve[n] for n in stem if n in curve}
             last = next((g for n in reversed(stem) if (g := shown.get(n))), 0.0)
-            decades[kind], growth[kind] = {}, {n: _decades(g, last) for n, g in shown.items()}
+            last = max(last, cotangents[kind])
+            growth[kind] = {n: _decades(g, last) for n, g in shown.items()}
+            fall: dict[ir.Node, float] = {}
             top = 0.0
             for node in reversed(stem):  # against the largest between here and the outputs
                 if node in shown:
                     top = max(top, shown[node])
-                    decades[kind][node] = _decades(shown[node], top)
+                    fall[node] = _decades(shown[node], top)
+            decades[kind] = fall
         best: Evidence = "measured" if norms.get("measured") else "estimated"
         targets = [n.outputs[0] for n in parts.layers]
         cotangent = (
@@ -287,7 +295,7 @@ def estimated_signal(estimate: Estimate, value: ir.Value) -> float | None:
     return math.sqrt(max(0.0, float(np.mean(x.shared + x.local))) / second) if second > 0 else 0.0
 
 
-# -- layers --------------------------------------------------------------------------------------------------------------
+# -- layers ------------------------------------------------------------------------------------------------------------
 
 
 def _layer_figures(
@@ -475,7 +483,7 @@ def _layers_behind(node: ir.Node, weighted: frozenset[ir.Node]) -> bool:
     return False
 
 
-# -- weights -------------------------------------------------------------------------------------------------------------
+# -- weights -----------------------------------------------------------------------------------------------------------
 
 
 def _weights(

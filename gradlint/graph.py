@@ -26,8 +26,8 @@ ACTIVATIONS = frozenset(
 # Operators that only move, select or retype elements: a weight seen through them is still that weight.
 MOVES = frozenset(
     {
-        "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Concat", "Cast", "Identity", "Expand", "Split",
-        "Dropout", "CastLike", "DequantizeLinear",
+        "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Concat", "Cast", "Identity", "Expand",
+        "Split", "Dropout", "CastLike", "DequantizeLinear",
     }
 )  # fmt: skip
 
@@ -76,6 +76,9 @@ _SETTINGS: Mapping[str, frozenset[int]] = {
     "DequantizeLinear": frozenset({1, 2}),
     "OneHot": frozenset({2}),
     "Dropout": frozenset({1}),
+    "RNN": frozenset({4, 5}),
+    "GRU": frozenset({4, 5}),
+    "LSTM": frozenset({4, 5, 6}),
     "Where": frozenset({0, 1, 2}),
     "Equal": frozenset({0, 1}),
     "Greater": frozenset({0, 1}),
@@ -91,7 +94,8 @@ def trainable(value: ir.Value) -> bool:
     """Would training change this initializer?
 
     The exporter's own word (torch: PARAMETER or BUFFER) decides where there is one. Else: floats, two elements or more,
-    not computed by the exporter, used otherwise than as a statistic or a setting, and not a mask (only 0, 1 or huge values).
+    not computed by the exporter, used otherwise than as a statistic or a setting, and not a mask (only 0, 1 or huge
+    values).
     """
     tensor = value.const_value
     if tensor is None or tensor.dtype not in FLOATS:
@@ -103,7 +107,8 @@ def trainable(value: ir.Value) -> bool:
         return False
     uses = list(value.uses())
     if _FOLDED in value.metadata_props:  # a transposed parameter keeps its name in the node that used it
-        parents = [_mangled(name) for name in _literal(value.metadata_props[_FOLDED])]
+        there = value.graph.initializers if value.graph is not None else ()
+        parents = [_mangled(name) for name in _literal(value.metadata_props[_FOLDED]) if name not in there]
         return any(f"%{p}" in (fx_node(u.node) or "") for u in uses for p in parents)
     if not uses or all(u.idx in _SETTINGS.get(op(u.node), ()) for u in uses):
         return False
@@ -200,7 +205,7 @@ def split_merged(model: ir.Model) -> None:
     for value in list(model.graph.initializers.values()):
         if not trainable(value):
             continue
-        by_parameter: dict[str, list[ir.Usage]] = {}
+        by_parameter: dict[str, list[Any]] = {}
         for use in value.uses():
             named = parameter_name(use.node, use.idx, value)
             by_parameter.setdefault(str(named), []).append(use)
@@ -241,7 +246,7 @@ def _literal(text: str) -> list[str]:
 
 
 def module(node: ir.Node) -> str | None:
-    """The module the layer belongs to, dotted: from torch's metadata, a TorchScript node name, or its weights' names."""
+    """The module the layer belongs to, dotted: by torch's metadata, a TorchScript name, or its weights' names."""
     scopes = _scopes(node)
     if len(scopes) > 1:
         return scopes[-2] or None
@@ -340,7 +345,7 @@ def is_gate(node: ir.Node) -> bool:
     )
 
 
-def _through_constants(value: ir.Value) -> Iterator[ir.Usage]:
+def _through_constants(value: ir.Value) -> Iterator[Any]:
     """Uses of a value, looking through moves and arithmetic with constants."""
     for use in value.uses():
         node = use.node

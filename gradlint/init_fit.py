@@ -87,28 +87,26 @@ def candidates(fan_in: float, fan_out: float) -> list[tuple[str, float]]:
     ]
 
 
-def best_fit(array: np.ndarray, sizes: tuple[float, float]) -> Fit | None:
-    """The initial distribution (uniform, normal or truncated normal, by the schemes' variances) that fits a kernel
-    best.
+def best_fit(array: np.ndarray, sizes: tuple[float, float], mean: float, rms: float) -> Fit | None:
+    """The initial distribution (uniform, normal or truncated, by the schemes' variances) that fits a kernel best.
 
-    sizes: (fan_in, fan_out). Only schemes whose standard deviation the sample could have (within five standard errors)
-    are tried. Entries of an orthogonal matrix look normal with variance 1 / its longer side. None: too small, or not
-    finite.
+    sizes: (fan_in, fan_out); mean, rms: over all elements. Only schemes are tried with which both agree within four
+    standard errors. Entries of an orthogonal matrix look normal with variance 1 / its longer side. Rows or columns of
+    unequal strength fit nothing. None: too small, zero, or not finite.
     """
     draws = sample(array)
-    if draws.size < 50 or not np.isfinite(draws).all():
+    if draws.size < 50 or not np.isfinite(draws).all() or not rms > 0:
         return None
+    if _uneven(array) or abs(mean) > 4 * rms / math.sqrt(array.size):
+        return Fit("none", 0.0)
     ordered = np.sort(draws)
-    std = float(np.sqrt(np.mean(draws**2)))
-    if std == 0:
-        return None
     known = candidates(*sizes)
     if sizes[0] > 1 and sizes[1] > 1:
         known.append(("orthogonal", math.sqrt(1 / max(sizes))))
     best = Fit("none", 0.0)
-    slack = 5 / math.sqrt(2 * draws.size)
+    slack = 4 / math.sqrt(2 * array.size)
     for name, scale in known:
-        if abs(std / scale - 1) > slack:
+        if abs(rms / scale - 1) > slack:
             continue
         shapes: list[tuple[str, Cdf]] = [("normal", _normal(scale)), ("truncated normal", _truncated(scale))]
         if not name.startswith(("std", "orthogonal")):
@@ -135,13 +133,23 @@ def looks_drawn(array: np.ndarray) -> bool | None:
     ordered = np.sort(draws)
     bound = max(float(np.abs(ordered[[0, -1]]).max()), std * math.sqrt(3) * (1 - 3 / draws.size))
     fits = max(p_value(ordered, cdf) for cdf in (_uniform(bound), _normal(std), _truncated(std)))
-    return fits > 1e-3 and not _uneven_rows(array)
+    return fits > 1e-3 and not _uneven(array)
+
+
+def _uneven(array: np.ndarray) -> bool:
+    """Do the mean squares along the first or second axis scatter more than those of independent draws would?
+
+    Their variance is then (E[w^4] - E[w^2]^2) / elements.
+    """
+    return any(_uneven_rows(np.moveaxis(array, k, 0)) for k in range(min(2, array.ndim)))
 
 
 def _uneven_rows(array: np.ndarray) -> bool:
-    """Do the mean squares of the rows scatter more than those of independent draws, (E[w^4] - E[w^2]^2) / columns?"""
-    rows = array.reshape(array.shape[0], -1)
-    squares = np.square(rows[:: max(1, len(rows) // 128), :512].astype(np.float64))
+    """The test on at most 128 slices along the first axis, with at most 512 elements of each."""
+    rows = array[:: max(1, len(array) // 128)]
+    if rows.ndim > 2:
+        rows = rows[:, : max(1, 512 // math.prod(rows.shape[2:]))]
+    squares = np.square(rows.reshape(len(rows), -1)[:, :512].astype(np.float64))
     energies = squares.mean(axis=1)
     units, columns = squares.shape
     limit = float(squares.var()) / columns * (1 + 6 * math.sqrt(2 / units) + 12 / columns)

@@ -89,7 +89,8 @@ def source(model: ir.Model, path: str, digest: str, proto: onnx.ModelProto) -> S
 def from_proto(proto: onnx.ModelProto, where: str, folder: Path, size: int | None = None) -> ir.Model:
     """Validate a parsed model and turn it into IR.
 
-    `folder` holds its external data, `where` names it in errors, `size` is the file's length in bytes where there is one.
+    `folder` holds its external data, `where` names it in errors, `size` is the file's length in bytes where there is
+    one.
     """
     _check_header(proto, where)
     inside = sum(_check_tensor(tensor, where, folder) for tensor in _tensors(proto))
@@ -108,8 +109,12 @@ def from_proto(proto: onnx.ModelProto, where: str, folder: Path, size: int | Non
         raise ModelError(f"{where}: the graph has a cycle: {_line(error)}") from None
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _mapped(value.const_value, folder)
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = _mapped(tensor, folder)
+            elif isinstance(tensor, ir.TensorProtoTensor):
+                # A protobuf hands out a copy of its bytes whenever it is asked: ask once.
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
     return model
 
 
@@ -135,7 +140,7 @@ def _bytes(path: Path) -> bytes:
         raise ModelError(f"{path}: the file is empty")
     if data.startswith(b"version https://git-lfs"):
         raise ModelError(
-            f"{path}: a Git LFS pointer, not the model: run `git lfs pull` (in GitHub Actions: checkout with `lfs: true`)"
+            f"{path}: a Git LFS pointer, not the model: run `git lfs pull` (GitHub Actions: checkout with `lfs: true`)"
         )
     for offset, magic, what, remedy in _FOREIGN:
         if data[offset : offset + len(magic)] == magic:
@@ -175,7 +180,7 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             graphs.extend(attribute.graphs)
 
 
-_BITS = {
+_BITS: dict[int, int] = {
     onnx.TensorProto.BOOL: 8, onnx.TensorProto.UINT8: 8, onnx.TensorProto.INT8: 8, onnx.TensorProto.UINT16: 16,
     onnx.TensorProto.INT16: 16, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.BFLOAT16: 16, onnx.TensorProto.FLOAT: 32,
     onnx.TensorProto.INT32: 32, onnx.TensorProto.UINT32: 32, onnx.TensorProto.DOUBLE: 64, onnx.TensorProto.INT64: 64,
@@ -201,7 +206,8 @@ def _check_tensor(tensor: onnx.TensorProto, where: str, folder: Path) -> int:
         # Looking at raw_data copies it: large tensors are checked by their sum against the file's size.
         if expected is not None and expected <= 1 << 16 and len(tensor.raw_data) != expected:
             raise ModelError(
-                f"{where}: tensor {tensor.name!r} holds {len(tensor.raw_data)} bytes, its shape says {expected}: the file is damaged"
+                f"{where}: tensor {tensor.name!r} holds {len(tensor.raw_data)} bytes, its shape says {expected}: "
+                "the file is damaged"
             )
         return expected or 0
     elif expected:
@@ -228,8 +234,8 @@ def _check_external(tensor: onnx.TensorProto, expected: int | None, where: str, 
         raise ModelError(f"{where}: external data {path} is a Git LFS pointer: run `git lfs pull` (CI: `lfs: true`)")
     if offset < 0 or length < 0 or offset + length > size:
         raise ModelError(
-            f"{where}: external data {path} is truncated: tensor {tensor.name!r} needs bytes {offset} to {offset + length}, "
-            f"the file has {size}"
+            f"{where}: external data {path} is truncated: tensor {tensor.name!r} needs bytes {offset} to "
+            f"{offset + length}, the file has {size}"
         )
     if expected is not None and length != expected:
         raise ModelError(

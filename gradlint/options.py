@@ -1,4 +1,4 @@
-"""What a check is asked to do, as plain data: the command line, a configuration file and Python callers all make one."""
+"""What a check is asked to do, as plain data: command line, configuration file and Python callers all make one."""
 
 from __future__ import annotations
 

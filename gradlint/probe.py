@@ -19,12 +19,12 @@ import onnx_ir as ir
 
 from gradlint.backward import Backward
 from gradlint.data import Arrays, Data, labels, linear_targets
-from gradlint.reverse import Cut, backward
 from gradlint.exceptions import DataError
 from gradlint.graph import FLOATS, dims, is_float, op
 from gradlint.ops.activation import FLAT
 from gradlint.ops.batch_normalization import to_train_mode
 from gradlint.options import Loss
+from gradlint.reverse import Cut, backward
 from gradlint.transfer import ELEMENTWISE, VJP, derivative
 
 SCALE = "gradlint.scale"
@@ -66,7 +66,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: layer outputs and other values by name, weights by initializer name, activation nodes by name."""
+    """What to measure: values by name, weights by initializer name, activation nodes by name."""
 
     values: Sequence[str]
     weights: Sequence[str]
@@ -157,7 +157,7 @@ def probe(
     return Probe(*found, examples, cuts, measured, built - started, ran - built)
 
 
-# -- the graph -----------------------------------------------------------------------------------------------------------
+# -- the graph ---------------------------------------------------------------------------------------------------------
 
 
 def _to_float32(graph: ir.Graph) -> None:
@@ -231,13 +231,13 @@ def _seeds(
         whole = _whole(shape, chunks)
         kind = ir.DataType.INT64 if loss == "cross-entropy" else ir.DataType.FLOAT
         feeds[f"gradlint.target.{output.name}"] = labels(given, whole, data.origin, loss=loss)
-        target = _target(graph, str(output.name), shape[:-1] if loss == "cross-entropy" else shape, kind)
-        seeds[logits] = b.op("Mul", _loss_gradient(b, loss, logits, target, whole), scale)
+        wanted = _target(graph, str(output.name), shape[:-1] if loss == "cross-entropy" else shape, kind)
+        seeds[logits] = b.op("Mul", _loss_gradient(b, loss, logits, wanted, whole), scale)
     return seeds, feeds
 
 
 def _learn_shapes(model: ir.Model, graph: ir.Graph, feeds: Arrays, threads: int) -> None:
-    """Run the forward pass once where the graph does not tell the shape of an output (a branch taken, a size computed)."""
+    """Run the forward pass once where the graph does not tell the shape of an output."""
     unknown = [o for o in graph.outputs if is_float(o) and dims(o) is None]
     if unknown:
         session = _session(model, graph.clone(), threads)
@@ -278,7 +278,7 @@ def _loss_gradient(b: Backward, loss: Loss, y: ir.Value, target: ir.Value, whole
     return b.op("Mul", b.op("Sub", y, target), b.scalar(2.0 / count, y))
 
 
-# -- taps ----------------------------------------------------------------------------------------------------------------
+# -- taps --------------------------------------------------------------------------------------------------------------
 
 
 def _tap_value(taps: _Taps, name: str, value: ir.Value, g: ir.Value | None, batch: int) -> None:
@@ -326,7 +326,7 @@ def _tap_weight(taps: _Taps, name: str, weight: ir.Value, g: ir.Value, *, whole:
 
 
 def _tap_activation(taps: _Taps, name: str, node: ir.Node, unit_axis: int) -> None:
-    """Per unit: mean squared slope, and the shares of saturated and of fully flat slopes, on a sample of the positions."""
+    """Per unit: mean squared slope, and the shares of saturated and of flat slopes, on a sample of the positions."""
     b, z = taps.b, node.inputs[0]
     shape = dims(z)
     if z is None or not shape:
@@ -371,7 +371,7 @@ def _name_outputs(graph: ir.Graph, taps: _Taps) -> None:
     for k, value in enumerate(taps.outputs.values()):
         if value in taken or value.producer() is None:
             node = ir.node("Identity", [value], name=f"tap/{k}")
-            node.outputs[0].dtype = value.dtype
+            node.outputs[0].type = value.type
             graph.append(node)
             value = node.outputs[0]
         taken.add(value)
@@ -379,7 +379,7 @@ def _name_outputs(graph: ir.Graph, taps: _Taps) -> None:
         graph.outputs.append(value)
 
 
-# -- the run -------------------------------------------------------------------------------------------------------------
+# -- the run -----------------------------------------------------------------------------------------------------------
 
 
 def _onnxruntime() -> Any:
@@ -412,6 +412,9 @@ def _session(model: ir.Model, graph: ir.Graph, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.disable_prepacking", "1")
+    read = {v for n in graph.all_nodes() for v in n.inputs} | set(graph.outputs)
+    for name in [n for n, v in graph.initializers.items() if v not in read]:
+        del graph.initializers[name]  # onnxruntime refuses a weight handed over for nothing
     arrays: dict[str, np.ndarray] = {}
     for value in graph.initializers.values():
         tensor = value.const_value
@@ -436,7 +439,7 @@ def _proto(model: ir.Model, graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -
 
 
 def _run(session: Any, taps: _Taps, feeds: Arrays, chunks: int) -> dict[tuple[str, str], np.ndarray]:
-    """Every tap in float64; sums of squares that left float32's safe range are taken from a run with scaled cotangent."""
+    """Every tap in float64; squares that left float32's safe range come from a run with scaled cotangent."""
     keys = list(taps.outputs)
     best: dict[tuple[str, str], np.ndarray] = {}
     doubtful: set[tuple[str, str]] = set(keys)
@@ -490,7 +493,7 @@ def _part(array: np.ndarray, k: int, shape: Sequence[int | str]) -> np.ndarray:
     return array
 
 
-# -- figures -------------------------------------------------------------------------------------------------------------
+# -- figures -----------------------------------------------------------------------------------------------------------
 
 Table = dict[str, dict[str, float]]
 
@@ -503,7 +506,7 @@ def _statistics(
     batch: int,
     chunks: int,
 ) -> tuple[Table, Table, dict[str, np.ndarray], float]:
-    """The report's figures from the taps. factor: squared norm of a per-example gradient over that of the batch loss's."""
+    """The report's figures. factor: squared norm of a per-example gradient over that of the batch loss's."""
     rows: Table = {}
     weights: Table = {}
     steps: dict[str, np.ndarray] = {}
@@ -578,7 +581,7 @@ def _weight(kind: str, name: str, sums: Mapping[tuple[str, str], np.ndarray], si
     }
 
 
-# -- words ---------------------------------------------------------------------------------------------------------------
+# -- words -------------------------------------------------------------------------------------------------------------
 
 
 def _first_line(error: Exception) -> str:

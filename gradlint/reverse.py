@@ -106,8 +106,8 @@ def differentiate(
     """The backward model of `model`: a plain ONNX model that computes its gradients.
 
     Inputs: the model's own and `<output>.cotangent` for each float output. Outputs: the model's own, then `<name>.grad`
-    for each name in `wrt` (inputs, initializers or intermediate values; default: float inputs and weights). A name whose
-    gradient is cut by an operator without a derivative here gets no output; it is listed in the metadata entry
+    for each name in `wrt` (inputs, initializers or intermediate values; default: float inputs and weights). A name
+    whose gradient is cut by an operator without a derivative here gets no output; it is listed in the metadata entry
     `gradlint.cut` (JSON: names and the operators that cut). External data stays where it is, relative to `base_dir`.
 
     Raises ModelError for an invalid model, UsageError for a name in `wrt` that is no float value of it.
@@ -146,7 +146,7 @@ def named_output(
     """`value` under the name `name`, ready to be a graph output (through Identity where it is one already)."""
     if value in taken or value.producer() is None:
         node = ir.node("Identity", [value], name=f"grad/{name}")
-        node.outputs[0].dtype = value.dtype
+        node.outputs[0].type = value.type
         graph.append(node)
         value = node.outputs[0]
     taken.add(value)

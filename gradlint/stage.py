@@ -12,7 +12,7 @@ from gradlint.init_fit import looks_drawn
 from gradlint.load import release
 from gradlint.options import Stage
 
-_MOST, _HALF = 0.85, 0.5
+_MOST, _HALF = 0.8, 0.5
 
 
 def guess_stage(uses: Sequence[WeightUse]) -> Stage:

@@ -96,7 +96,7 @@ def _profiles(ctx: Context, graph: ir.Graph, estimate: Estimate) -> dict[str, np
 
 def _precision(parts: Anatomy) -> str | None:
     """The data type of most weights."""
-    kinds = Counter(u.value.dtype.name.lower() for u in parts.uses if u.value.dtype is not None)
+    kinds = Counter(u.value.const_value.dtype.name.lower() for u in parts.uses if u.value.const_value is not None)
     kind = max(kinds, key=lambda k: kinds[k], default=None)
     return {"float": "float32", "double": "float64"}.get(str(kind), kind)
 

@@ -18,7 +18,8 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from gradlint.canonical import Dims, canonicalize
+from gradlint.binding import Dims
+from gradlint.canonical import canonicalize
 from gradlint.domain import Array, Moments, Range
 from gradlint.estimate import Estimate, estimate, prove
 from gradlint.load import from_proto
@@ -143,7 +144,7 @@ def _feed(inputs: tuple[Input, ...], rng: np.random.Generator, dtype: type) -> A
 
 
 def _cotangents(model: onnx.ModelProto, rng: np.random.Generator, dtype: type) -> Arrays:
-    found = {}
+    found: Arrays = {}
     for y in model.graph.output:
         if y.type.tensor_type.elem_type in (TensorProto.FLOAT, TensorProto.DOUBLE):
             shape = [d.dim_value for d in y.type.tensor_type.shape.dim]

@@ -57,8 +57,8 @@ def blame(
 
     With w_e the share of consumer e in the second moment of a value's gradient:
     log q(v) = sum_e w_e (log q(out_e) + gain_e), which telescopes, so the parts sum to the decay exactly (a node's own
-    input value counts as passed unchanged where its norm is not known). edges: squared norm sent back per (node, input).
-    Keeps the `limit` largest parts.
+    input value counts as passed unchanged where its norm is not known). edges: squared norm sent back per (node,
+    input). Keeps the `limit` largest parts.
     """
     order = [n for n in graph if any(o in norms for o in n.outputs) or n.outputs]
     index = {node: k for k, node in enumerate(order)}
@@ -139,7 +139,7 @@ def _parts(
 
 
 def _largest(vector: np.ndarray, order: Sequence[ir.Node], limit: int) -> tuple[Blame, ...]:
-    rows = [(k, float(vector[k])) for k in np.nonzero(np.abs(vector) > 5e-4)[0]]
+    rows = [(int(k), float(vector[k])) for k in np.nonzero(np.abs(vector) > 5e-4)[0]]
     rows = sorted(sorted(rows, key=lambda r: -abs(r[1]))[:limit])
     return tuple(Blame(str(order[k].name), order[k].op_type, round(d, 6)) for k, d in rows)
 

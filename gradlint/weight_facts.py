@@ -50,7 +50,8 @@ def spread(array: np.ndarray) -> Spread:
     total = square = 0.0
     low, high = math.inf, -math.inf
     for block in _blocks(array):
-        energy = float(np.dot(block, block))
+        with np.errstate(all="ignore"):
+            energy = float(np.dot(block, block))
         if not math.isfinite(energy):
             finite = block[np.isfinite(block)].astype(np.float64)
             lost += block.size - finite.size
@@ -314,7 +315,7 @@ def weight_facts(
         facts |= {"fan_in": sizes[0], "fan_out": sizes[1]}
     if role in ("kernel", "recurrent") and sizes is not None:
         facts |= _unit_facts(use, array, bias, numbers)
-        facts |= _fit_facts(best_fit(array, sizes))
+        facts |= _fit_facts(best_fit(array, sizes, numbers.mean, numbers.rms))
         if role == "kernel" and op(use.layer) not in _RECURRENT:
             facts |= _scale_facts(numbers.rms, sizes[0], activation, alpha, normalised)
         else:

@@ -7,7 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from gradlint.canonical import Dims, canonicalize
+from gradlint.binding import Dims
+from gradlint.canonical import canonicalize
 from gradlint.differentiate import differentiate
 from gradlint.estimate import context, estimate
 from gradlint.load import from_proto

@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from gradlint.canonical import Dims, canonicalize
+from gradlint.binding import Dims
+from gradlint.canonical import canonicalize
 from gradlint.exceptions import DataError
 from gradlint.graph import dims
 from gradlint.load import from_proto

@@ -7,7 +7,8 @@ import onnx
 import pytest
 from onnx import parser
 
-from gradlint.canonical import Dims, canonicalize
+from gradlint.binding import Dims
+from gradlint.canonical import canonicalize
 from gradlint.domain import Moments
 from gradlint.estimate import estimate
 from gradlint.load import from_proto

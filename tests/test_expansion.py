@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from gradlint.canonical import Dims, canonicalize
+from gradlint.binding import Dims
+from gradlint.canonical import canonicalize
 from gradlint.load import from_proto
 from gradlint.testing import session
 

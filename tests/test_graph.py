@@ -7,7 +7,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from gradlint.canonical import Dims, canonicalize
+from gradlint.binding import Dims
+from gradlint.canonical import canonicalize
 from gradlint.graph import is_gate, is_head, module, source, split_merged, trainable, weight_uses
 from gradlint.load import from_proto, read
 
@@ -91,9 +92,8 @@ def test_modules_and_source_lines_come_from_the_exporter() -> None:
     graph = golden("attention")
     modules = {module(n) for n in graph}
     assert {"norm", "qkv", "mlp.1"} <= modules
-    lines = {found.line for n in graph if (found := source(n)) is not None}
-    assert lines
-    assert all(found.file == "golden.py" for n in graph if (found := source(n)) is not None)
+    found = [line for n in graph if (line := source(n)) is not None]
+    assert {line.file for line in found} == {"golden.py"}
 
 
 def test_malformed_metadata_is_ignored() -> None:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from gradlint.canonical import Dims, canonicalize
+from gradlint.binding import Dims
+from gradlint.canonical import canonicalize
 from gradlint.differentiate import differentiate
 from gradlint.estimate import estimate
 from gradlint.graph import dims

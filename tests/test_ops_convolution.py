@@ -7,7 +7,8 @@ import numpy as np
 import onnx
 import pytest
 
-from gradlint.canonical import Dims, canonicalize
+from gradlint.binding import Dims
+from gradlint.canonical import canonicalize
 from gradlint.domain import Moments, Range
 from gradlint.estimate import estimate, prove
 from gradlint.load import from_proto

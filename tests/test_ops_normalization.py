@@ -7,7 +7,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from gradlint.canonical import Dims, canonicalize
+from gradlint.binding import Dims
+from gradlint.canonical import canonicalize
 from gradlint.estimate import estimate
 from gradlint.load import from_proto
 from gradlint.ops.batch_normalization import to_train_mode

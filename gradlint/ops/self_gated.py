@@ -187,7 +187,7 @@ for _op in ("Gelu", "com.microsoft:Gelu"):
     elementwise(_op, gelu_functions, gelu_vjp, critical=gelu_turns)
 
 
-# -- Gelu of input + bias -----------------------------------------------------------------------------------------------
+# -- Gelu of input + bias ----------------------------------------------------------------------------------------------
 
 
 def _shift(ctx: Context, node: ir.Node) -> Array:

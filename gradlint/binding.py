@@ -1,0 +1,176 @@
+"""Numbers for symbolic dimensions, constants for inputs that decide a branch, and the shapes that follow."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from gradlint.exceptions import DataError
+from gradlint.graph import FLOATS, op
+
+# Sizes tried, in this order, for dimensions nobody gave: images, then sequences and the rest.
+_IMAGE_SIZES = (64, 32, 48, 96, 128, 224, 256, 320, 512)
+_OTHER_SIZES = (16, 32, 64, 128, 256, 512, 576, 1024, 4096)
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes for symbolic dimensions: `batch` for axis 0, `names` by dimension name, `shapes` by input name.
+
+    settings: inputs that become constants, by name (what decides a branch). passed_over: how many of the sizes that fit
+    are left out where sizes have to be chosen, since the model rejected them when it ran.
+    """
+
+    batch: int = 8
+    names: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    settings: Mapping[str, np.ndarray] = field(default_factory=dict)
+    passed_over: int = 0
+
+
+def deciding_inputs(graph: ir.Graph) -> list[ir.Value]:
+    """Inputs of one integer or truth that the condition of an If depends on: with their value the branch is known."""
+    pending = [v for n in graph.all_nodes() if n.op_type == "If" and (v := n.inputs[0]) is not None]
+    seen, found = set(pending), []
+    while pending:
+        value = pending.pop()
+        node = value.producer()
+        if node is None:
+            small = value.shape is not None and all(d == 1 for d in value.shape)
+            if value in graph.inputs and value.dtype not in FLOATS and small:
+                found.append(value)
+            continue
+        fresh = [v for v in node.inputs if v is not None and v not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return found
+
+
+def freeze(graph: ir.Graph, settings: Mapping[str, np.ndarray]) -> None:
+    """Inputs become constants."""
+    for value in [v for v in graph.inputs if v.name in settings]:
+        graph.inputs.remove(value)
+        value.const_value = ir.tensor(settings[str(value.name)], name=value.name)
+        graph.register_initializer(value)
+
+
+def _unknown(dim: int | ir.SymbolicDim) -> bool:
+    return not isinstance(dim, int) or dim <= 0
+
+
+def dim_key(value: ir.Value, axis: int) -> str:
+    """The name under which `--dim` sets an input's unknown dimension: its symbol, else `input.axis`."""
+    dim = value.shape[axis] if value.shape is not None else None
+    symbol = dim.value if isinstance(dim, ir.SymbolicDim) else None
+    return symbol if symbol and symbol != "?" else f"{value.name}.{axis}"
+
+
+def bind(model: ir.Model, dims: Dims, where: str) -> tuple[str, ...]:
+    inputs = [v for v in model.graph.inputs if v.shape is not None]
+    names = {v.name for v in model.graph.inputs}
+    for name in dims.shapes:
+        if name not in names:
+            raise DataError(f"{where}: no input named {name!r}; inputs: {', '.join(sorted(map(str, names)))}")
+    known: dict[str, int] = dict(dims.names)
+    for value in inputs:
+        _check_given(value, dims.shapes.get(str(value.name)), known, where)
+    batch_keys = {dim_key(v, 0) for v in inputs if len(v.shape or ()) > 0 and _unknown(v.shape[0])}  # type: ignore[index]
+    states = {v for v in inputs if len(v.shape or ()) == 3 and not _unknown(v.shape[0]) and batch_keys}  # type: ignore[index]
+    batch_keys |= {dim_key(v, 1) for v in states if _unknown(v.shape[1])}  # type: ignore[index]
+    keys = [dim_key(v, a) for v in inputs for a, d in enumerate(v.shape or ()) if _unknown(d)]
+    free = [k for k in dict.fromkeys(keys) if k not in known]
+    assumed = [f"{k} = {dims.batch}" for k in free if k in batch_keys]
+    known |= {k: dims.batch for k in free if k in batch_keys}
+    free = [k for k in free if k not in batch_keys]
+    image = any(len(v.shape or ()) == 4 for v in inputs)
+    originals = {v: v.shape for v in inputs}
+
+    def missing(size: int) -> float:
+        """Outputs whose shape stays unknown at this size; infinite where the graph contradicts it."""
+        trial = known | dict.fromkeys(free, size)
+        for value, shape in originals.items():
+            assert shape is not None
+            numbers = [trial[dim_key_of(value, shape, a)] if _unknown(d) else d for a, d in enumerate(shape)]
+            value.shape = ir.Shape(numbers)
+        return _unknown_shapes(model) if infer_shapes(model) else math.inf
+
+    sizes = (_IMAGE_SIZES if image else _OTHER_SIZES) if free else (0,)
+    gaps: dict[int, float] = {}
+    for size in sizes:
+        gaps[size] = missing(size)
+        if gaps[size] == 0 and dims.passed_over < sum(gap == 0 for gap in gaps.values()):
+            break
+    fitting = sorted(gaps, key=lambda size: gaps[size])
+    best = fitting[min(dims.passed_over, len(fitting) - 1)]
+    if best != size:
+        missing(best)
+    return tuple(assumed + [f"{k} = {best}" for k in free])
+
+
+def _unknown_shapes(model: ir.Model) -> int:
+    return sum(o.shape is None or not o.shape.is_static() for n in model.graph.all_nodes() for o in n.outputs)
+
+
+def dim_key_of(value: ir.Value, shape: ir.Shape, axis: int) -> str:
+    """`dim_key` for a shape that the value no longer carries."""
+    value.shape = shape
+    return dim_key(value, axis)
+
+
+def _check_given(value: ir.Value, given: tuple[int, ...] | None, known: dict[str, int], where: str) -> None:
+    shape = value.shape
+    assert shape is not None
+    if given is None:
+        return
+    if len(given) != len(shape):
+        raise DataError(
+            f"{where}: input {value.name!r} has {len(shape)} dimensions {_show(shape)}, got {len(given)}: {given}"
+        )
+    for axis, (have, want) in enumerate(zip(given, shape, strict=True)):
+        if _unknown(want):
+            key = dim_key(value, axis)
+            if known.setdefault(key, have) != have:
+                raise DataError(f"{where}: dimension {key!r} is {known[key]} and {have} at once (input {value.name!r})")
+        elif have != want:
+            raise DataError(f"{where}: input {value.name!r} is {_show(shape)}, got {given}: axis {axis} must be {want}")
+
+
+def _show(shape: ir.Shape) -> str:
+    return "(" + ", ".join(str(d) if isinstance(d, int) else (d.value or "?") for d in shape) + ")"
+
+
+def infer_shapes(model: ir.Model) -> bool:
+    """Infer every shape anew; False where the sizes contradict each other (then less is known).
+
+    An output of the model keeps the shape it declares where none is inferred.
+    """
+    declared = [(v, v.shape) for v in model.graph.outputs]
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for node in graph:
+            if node.domain in ("", "ai.onnx"):
+                for output in node.outputs:
+                    output.shape = None
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+    # onnx infers nothing for GroupNormalization; LayerNormalization, too, gives back its input's shape
+    grouped = [n for n in model.graph.all_nodes() if op(n) == "GroupNormalization"]
+    for node in grouped:
+        node.op_type = "LayerNormalization"
+    ok = common.ShapeInferencePass(strict_mode=True)(model).modified
+    if not ok:
+        common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
+    for node in grouped:
+        node.op_type = "GroupNormalization"
+    for value, shape in declared:
+        value.shape = value.shape or shape
+    return ok and all(
+        all(not isinstance(d, int) or d >= 0 for d in o.shape)
+        for n in model.graph
+        for o in n.outputs
+        if o.shape is not None
+    )

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -154,7 +155,14 @@ def _start() -> _Worker:
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
+    # Ctrl-C is this process's to handle: the worker inherits that it is blocked, from its first instruction on. (The
+    # resource tracker, which the first start would start too, lifts the block.)
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return _Worker(process, pipe, -1, 0.0)
 
@@ -166,8 +174,7 @@ def _stop(worker: _Worker) -> None:
 
 
 def _serve(pipe: Connection) -> None:
-    """A worker: check what arrives until the other end closes; None says that it begins. Ctrl-C is the parent's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker: check what arrives until the other end closes; None says that it begins."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     # The time to import belongs to no model; what goes wrong with it is told with the first.

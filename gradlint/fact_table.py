@@ -121,6 +121,7 @@ _MODEL = _rows(
     "estimated measured",
     ("trunk_min_decades", "decades", "the least `trunk_decades` of all layers"),
     ("trunk_max_decades", "decades", "the largest `trunk_growth` of all layers"),
+    ("alignment", "0..1", "likeness between examples kept from the inputs to the last features (CKA)"),
     ("learning_spread", "decades", "log10 of largest to smallest grad_rms / weight_rms over trunk kernels"),
 )
 

@@ -82,7 +82,10 @@ def request(parts: Anatomy, estimate: Estimate) -> Request:
     ]
     weights = list(dict.fromkeys(str(u.value.name) for u in parts.uses))
     units = {str(n.name): _unit_axis(n.outputs[0], estimate) for n in parts.activations}
-    return Request(values, weights, [str(n.name) for n in parts.activations if op(n) in ELEMENTWISE], units)
+    last = next((n for n in reversed(parts.layers) if n in parts.weighted), None)
+    read = [v for v in (last.inputs if last is not None else ()) if v is not None and v in estimate.varies]
+    features = str(read[0].name) if read else None
+    return Request(values, weights, [str(n.name) for n in parts.activations if op(n) in ELEMENTWISE], units, features)
 
 
 def _unit_axis(value: ir.Value, estimate: Estimate) -> int:
@@ -168,6 +171,8 @@ def gather(
     weights, weight_subjects = _weights(parts, estimate, measured, options, order, static)
     flow_facts = flow.model_facts()
     known = _Known(dict(model) | dict(static.model))
+    if measured is not None and measured.alignment is not None:
+        known.add("measured", {"alignment": measured.alignment})
     trunk = frozenset(str(n.name) for n in flow.trunk)
     for kind in _KINDS:
         known.add(kind, {**flow_facts[kind], "learning_spread": learning_spread(weight_subjects, trunk, kind)})

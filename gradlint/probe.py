@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from gradlint.alignment import alignment, gram_of_inputs
 from gradlint.backward import Backward
 from gradlint.data import Arrays, Data, labels, linear_targets
 from gradlint.exceptions import DataError
@@ -50,7 +51,8 @@ class Probe:
 
     values: by value name: mean, std, signal, grad_rms, grad_norm, and of activations slope, saturated, dead, ..;
     weights: by initializer name: grad_rms, grad_mean_abs, zero_share; steps: |dL/dh_t| per time step by node name;
-    cotangent: norm of the loss's gradient at the outputs, RMS over examples.
+    cotangent: norm of the loss's gradient at the outputs, RMS over examples; alignment: of the last features with the
+    inputs (`gradlint.alignment`).
     """
 
     values: Mapping[str, Mapping[str, float]]
@@ -60,18 +62,23 @@ class Probe:
     examples: int
     cuts: tuple[Cut, ...]
     measured: frozenset[str]
+    alignment: float | None = None
     build_s: float = 0.0
     run_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: values by name, weights by initializer name, activation nodes by name."""
+    """What to measure: values by name, weights by initializer name, activation nodes by name.
+
+    units: the axis of units by activation name; features: the value the last layer reads.
+    """
 
     values: Sequence[str]
     weights: Sequence[str]
     activations: Sequence[str]
     units: Mapping[str, int] = field(default_factory=dict)
+    features: str | None = None
 
 
 @dataclass
@@ -136,6 +143,8 @@ def probe(
         if kind == "hidden":
             axes = list(range(1, len(value.shape) if value.shape is not None else 4))  # (T, D, B, H)
             taps.add("steps", str(node.name), b.op("ReduceSumSquare", value, b.constant(axes), keepdims=0))
+    if request.features in values and chunks == 1:
+        _tap_gram(taps, values[request.features], batch)
     for k, cotangent in enumerate(dict.fromkeys(seeds.values())):
         taps.add("seed", str(k), b.op("ReduceSumSquare", cotangent, keepdims=0))
     b.emit(graph)
@@ -154,7 +163,10 @@ def probe(
     examples = batch * chunks
     found = _statistics(taps, sums, values, examples if loss != "linear" else 1, batch, chunks)
     measured = frozenset(str(n.name) for n in b.reached)
-    return Probe(*found, examples, cuts, measured, built - started, ran - built)
+    likeness = None
+    if ("gram", "features") in sums:
+        likeness = alignment(gram_of_inputs(data.inputs.values(), batch), sums["gram", "features"])
+    return Probe(*found, examples, cuts, measured, likeness, built - started, ran - built)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
@@ -298,6 +310,18 @@ def _tap_value(taps: _Taps, name: str, value: ir.Value, g: ir.Value | None, batc
     average = b.op("ReduceMean", value, b.constant([axis]), keepdims=0)
     taps.add("mean", name, b.op("ReduceMean", average, keepdims=0))
     taps.add("common", name, b.op("ReduceSumSquare", average, keepdims=0))
+
+
+def _tap_gram(taps: _Taps, value: ir.Value, batch: int) -> None:
+    """Inner products of the examples' values, (B, B)."""
+    b, shape = taps.b, dims(value)
+    axis = None if shape is None else batch_axis(shape, batch)
+    if axis is None or shape is None:
+        return
+    if axis == 1:
+        value = b.op("Transpose", value, perm=[1, 0, *range(2, len(shape))])
+    rows = b.op("Reshape", value, b.constant([batch, -1]))
+    taps.add("gram", "features", b.op("Gemm", rows, rows, transB=1))
 
 
 def batch_axis(shape: tuple[int, ...], batch: int) -> int | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import onnx
@@ -26,6 +25,19 @@ def _error(run: subprocess.CompletedProcess[str]) -> str:
     assert run.stderr.startswith("gradlint: error: ")
     assert run.stderr.count("\n") == 1
     return run.stderr
+
+
+def _when_opened(folder: Path, act: str) -> dict[str, str]:
+    """An environment in which a process of Python does `act` when it opens `marked.onnx`."""
+    hook = (
+        "import os, signal, sys\n"
+        "def audit(event, arguments):\n"
+        "    if event == 'open' and str(arguments[0]).endswith('marked.onnx'):\n"
+        f"        {act}\n"
+        "sys.addaudithook(audit)\n"
+    )
+    (folder / "sitecustomize.py").write_text(hook)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
 
 
 # -- exit codes --------------------------------------------------------------------------------------------------------
@@ -63,15 +75,13 @@ def test_a_closed_pipe_is_quiet() -> None:
 
 
 @pytest.mark.parametrize("more", [(), ("-j", "2", RELU)])
-def test_an_interrupt_exits_130_without_a_traceback(more: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "gradlint", str(SAMPLES / "resnet_bn.onnx"), *more]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=environment()
-    )
-    time.sleep(0.6)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (130, b"", b"")
+def test_an_interrupt_exits_130_without_a_traceback(more: tuple[str, ...], tmp_path: Path) -> None:
+    """The terminal's Ctrl-C goes to every process of the group; here it comes as soon as the model is opened."""
+    model = tmp_path / "marked.onnx"
+    shutil.copy(SAMPLES / "resnet_bn.onnx", model)
+    env = _when_opened(tmp_path, "os.killpg(0, signal.SIGINT)")
+    run = gradlint(model, *more, env=env, start_new_session=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "")
 
 
 # -- wrong usage -------------------------------------------------------------------------------------------------------
@@ -172,20 +182,12 @@ def test_a_model_that_takes_too_long_is_given_up_alone() -> None:
 
 
 def test_a_killed_worker_is_an_error_of_its_model(tmp_path: Path) -> None:
-    """A hook that the interpreter runs at its start kills the worker as soon as it reads the marked model."""
-    model = tmp_path / "deadly.onnx"
-    model.write_bytes(Path(RELU).read_bytes())
-    hook = (
-        "import os, signal, sys\n"
-        "def audit(event, arguments):\n"
-        "    if event == 'open' and str(arguments[0]).endswith('deadly.onnx'):\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "sys.addaudithook(audit)\n"
-    )
-    (tmp_path / "sitecustomize.py").write_text(hook)
-    run = gradlint(model, RELU, "--no-probe", "--format", "concise", env={"PYTHONPATH": str(tmp_path)})
+    model = tmp_path / "marked.onnx"
+    shutil.copy(RELU, model)
+    env = _when_opened(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    run = gradlint(model, RELU, "--no-probe", "--format", "concise", env=env)
     assert run.returncode == 2
-    assert "deadly.onnx: the process that checked it was killed by SIGKILL" in run.stderr
+    assert "marked.onnx: the process that checked it was killed by SIGKILL" in run.stderr
     assert "digits_relu.onnx: pass" in run.stdout
 
 

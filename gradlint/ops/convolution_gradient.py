@@ -6,7 +6,7 @@ With y[o, q] = sum_{c,t} W[o, c, t] x[c, q s + t d - p] (s strides, d dilations,
   other strides: ConvTranspose.
 - dW: a matrix product of g, (O, N L), with the patches of x, (N L, taps C). Patches are gathered channels-last, first
   along the last axis, then over the others: Gather copies whole rows and uses all threads, unlike Slice and Concat.
-  Depthwise: the patches times g, summed.
+  Depthwise: the patches times g, summed, or products of whole columns, of which only diagonals count.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from gradlint.backward import Backward
 from gradlint.graph import attribute, dims
 
 _PATCHES = 1 << 23  # elements: larger matrices of patches are built and multiplied one leading tap at a time
+_FLIPPED = 1 << 23  # elements: larger kernels are not copied flipped
+_BANDS = (16, 128)  # columns between which depthwise convolutions take `_bands` (measured)
 _SHORT = 256  # positions: below, one product over all examples beats one per example (measured)
 
 
@@ -97,6 +99,14 @@ def convolve(
     return b.op("Conv", x, w, strides=list(strides), dilations=list(dilations), pads=pads, group=group)
 
 
+def _connected(
+    shape: tuple[int, ...], sizes: tuple[int, ...] | None, outs: tuple[int, ...] | None, at: Geometry
+) -> bool:
+    """Does the one window read the whole input once: a fully connected layer?"""
+    whole = sizes == shape[2:] and outs == (1,) * at.rank and at.group == 1
+    return whole and not any((*at.begin, *at.end)) and all(d == 1 for d in at.dilations)
+
+
 # -- dx ----------------------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +129,10 @@ def flipped(b: Backward, w: ir.Value, shape: tuple[int, ...], group: int) -> ir.
 def input_gradient(b: Backward, g: ir.Value, y: ir.Value, w: ir.Value, x: ir.Value, at: Geometry) -> ir.Value:
     """dx of a Conv y = W * x."""
     shape = dims(w)
-    if shape is not None and all(s == 1 for s in at.strides):
+    if shape is not None and _connected(shape, _spatial(x), _spatial(y), at):
+        flat_g, flat_w = b.op("Flatten", g, axis=1), b.op("Flatten", w, axis=1)
+        return b.op("Reshape", b.op("MatMul", flat_g, flat_w), b.shape(x))
+    if shape is not None and all(s == 1 for s in at.strides) and math.prod(shape) <= _FLIPPED:
         reach = [d * (k - 1) for d, k in zip(at.dilations, shape[2:], strict=True)]
         begin = [r - p for r, p in zip(reach, at.begin, strict=True)]
         end = [r - p for r, p in zip(reach, at.end, strict=True)]
@@ -200,11 +213,17 @@ def weight_gradient(
     shape, sizes, outs = dims(w), _spatial(source), _spatial(target)
     if shape is None or sizes is None or outs is None:
         return _swapped_roles(b, x, source, g, target, w, at)
+    if _connected(shape, sizes, outs, at):
+        return b.op(
+            "Reshape", b.op("Gemm", b.op("Flatten", g, axis=1), b.op("Flatten", x, axis=1), transA=1), b.shape(w)
+        )
     u = Unfolding(sizes, outs, shape[2:], at, shape[0] // at.group, shape[1])
     if u.pointwise and at.group == 1 and u.length >= _SHORT:
         rows, columns = (b.op("Reshape", v, b.constant([0, 0, -1])) for v in (g, x))
         each = b.op("MatMul", rows, b.op("Transpose", columns, perm=[0, 2, 1]))
         return b.op("Reshape", b.sum_over(each, [0]), b.constant(shape))
+    if u.depthwise and at.rank == 2 and at.strides == (1, 1) and _BANDS[0] <= outs[1] <= _BANDS[1]:
+        return _bands(b, x, g, u, w)
     split = at.rank > 1 and u.length * math.prod(u.kernel) * u.channels > _PATCHES
     windows = _windows(b, x, u)
     taps = [slice(k, k + 1) for k in range(u.kernel[0])] if split else [slice(None)]
@@ -276,6 +295,30 @@ def _depthwise(b: Backward, patches: ir.Value, taps: int, g: ir.Value, u: Unfold
     spread = b.op("Reshape", patches, b.constant([0, u.length, taps, u.channels]))
     g = b.op("Transpose", b.op("Reshape", g, b.constant([0, 0, u.length, 1])), perm=[0, 2, 3, 1])
     return b.sum_over(b.op("Mul", spread, g), [0, 1])
+
+
+def _bands(b: Backward, x: ir.Value, g: ir.Value, u: Unfolding, w: ir.Value) -> ir.Value:
+    """Depthwise, stride 1: for each tap along the rows the product of all columns of g with all columns of x.
+
+    Summed over rows these are matrices (out, in); each tap along the columns is the sum of one of their diagonals.
+    """
+    end = [m - p - n for m, p, n in zip(u.padded, u.at.begin, u.sizes, strict=True)]
+    x = b.op("Pad", x, b.constant([0, 0, *u.at.begin, 0, 0, *end]))
+    columns = b.op("Transpose", g, perm=[0, 1, 3, 2])
+    out, wide = u.outs[1], u.padded[1]
+    diagonals = np.zeros((out, wide, u.kernel[1]))
+    for tap in range(u.kernel[1]):
+        diagonals[np.arange(out), np.arange(out) + tap * u.at.dilations[1], tap] = 1.0
+    assert x.dtype is not None
+    sums = b.constant(diagonals.reshape(out * wide, -1), x.dtype.numpy())
+    taps = []
+    for tap in range(u.kernel[0]):
+        start = tap * u.at.dilations[0]
+        rows = b.op("Slice", x, b.constant([start]), b.constant([start + u.outs[0]]), b.constant([2]))
+        pairs = b.op("Reshape", b.op("MatMul", columns, rows), b.constant([0, 0, out * wide]))
+        taps.append(b.op("MatMul", pairs, sums))
+    found = taps[0] if len(taps) == 1 else b.op("Concat", *taps, axis=2)
+    return b.op("Reshape", b.sum_over(found, [0]), b.shape(w))
 
 
 def _swapped_roles(

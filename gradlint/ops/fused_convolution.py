@@ -107,7 +107,9 @@ def _before(b: Backward, node: ir.Node, g: ir.Value) -> ir.Value:
     y, (name, params) = node.outputs[0], _activation(node)
 
     def scaled(condition: ir.Value, yes: float, no: float) -> ir.Value:
-        return b.op("Mul", g, b.op("Where", condition, b.scalar(yes, g), b.scalar(no, g), dtype=g.dtype))
+        slope = b.op("Cast", condition, to=g.dtype, dtype=g.dtype)
+        slope = slope if yes - no == 1 else b.op("Mul", slope, b.scalar(yes - no, g))
+        return b.op("Mul", g, slope if no == 0 else b.op("Add", slope, b.scalar(no, g)))
 
     def beyond(threshold: float, compare: str = "Greater") -> ir.Value:
         return b.op(compare, y, b.scalar(threshold, y), dtype=ir.DataType.BOOL)

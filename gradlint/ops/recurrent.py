@@ -53,7 +53,11 @@ def recurrent_pullback(
     ys: Sequence[Moments | None],
     gs: Sequence[Gradient | None],
 ) -> Sequence[Gradient | None]:
-    """Second moments over the ensemble of gradients drawn at the outputs; a weight's is summed over the steps first."""
+    """Second moments over the ensemble of gradients drawn at the outputs; a weight's is summed over the steps first.
+
+    The gradient into X is described step by step, as if steps were uncorrelated: where a recurrent layer feeds another,
+    the lower one's biases come out about 0.2 decades too small.
+    """
     ens = follow(ctx, node, xs)
     if ens is None:
         return (None,) * len(node.inputs)

@@ -55,7 +55,7 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
     stage = options.stage or guess_stage(parts.uses)
     model_facts = _model_facts(graph, parts, guess, probed, options, stage)
     facts = gather(parts, guess, proof, probed, options, model_facts, seen.lengths, seen.disconnected)
-    score = risk(facts, options)
+    score = risk(facts)
     found = judge(
         facts.subjects,
         book or configured_rules(options.rules, options.levels, options.limits),

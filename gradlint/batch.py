@@ -98,7 +98,10 @@ def check_models(
 def _check(path: str, options: Options) -> Report | Fault:
     from gradlint import check
 
-    return guarded(lambda: check(path, options))
+    outcome = guarded(lambda: check(path, options))
+    if isinstance(outcome, Fault) and path not in outcome.message:
+        return Fault(f"{path}: {outcome.message}")
+    return outcome
 
 
 def _share(tasks: Sequence[Task], jobs: int, timeout: float | None, watch: Watch) -> list[Report | Fault]:

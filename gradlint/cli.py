@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from gradlint.config import Config
     from gradlint.rulebook import Rule
 
+_INTERRUPTED = 130
+
 
 class _Commands(click.Group):
     """A group whose command `check` needn't be named."""
@@ -267,7 +269,11 @@ def config_command(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
 
 def main() -> None:
     """The `gradlint` command."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == _INTERRUPTED:
+        # An interrupt inside an import would make CPython end by the signal, whatever sys.exit says.
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -275,7 +281,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         outcome = guarded(lambda: _invoke(list(arguments)))
     except KeyboardInterrupt:
-        return 130
+        return _INTERRUPTED
     if isinstance(outcome, Fault):
         output.tell("error", outcome.message)
         return 2
@@ -376,11 +382,8 @@ def _text(reports: Sequence[Report], several: bool, format: str, **options: Any)
 
 
 def _write(reports: Sequence[Report], several: bool, format: str, target: str | None) -> None:
-    if target:
-        output.write_file(target, _text(reports, several, format))
-    else:
-        color, width = output.use_color(), output.terminal_width()
-        output.emit(_text(reports, several, format, color=color, width=width))
+    screen = {} if target else {"color": output.use_color(), "width": output.terminal_width()}
+    _put(_text(reports, several, format, **screen), target)
 
 
 def _put(text: str, target: str | None) -> None:

@@ -282,4 +282,15 @@ class AffineGrid(OpRun):
         return (np.einsum("...k,njk->n...j", points, theta).astype(theta.dtype),)
 
 
-CORRECTED = (ConvTranspose, MaxPool, LpPool, GlobalMaxPool, GlobalLpPool, GridSample, AffineGrid)
+CORRECTED = (
+    ConvTranspose,
+    LRN,
+    LpNormalization,
+    MeanVarianceNormalization,
+    MaxPool,
+    LpPool,
+    GlobalLpPool,
+    GlobalMaxPool,
+    GridSample,
+    AffineGrid,
+)

@@ -9,10 +9,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
-from gradlint.differentiate import differentiate
 from gradlint.estimate import context, estimate
 from gradlint.load import from_proto
 from gradlint.ops.attention_products import keys_seen, makes_logits, mixes, weighs
+from gradlint.reverse import differentiate
 from gradlint.testing import session
 
 BATCH, WEIGHTS = 4, ("Wq", "Wk", "Wv", "Wo")

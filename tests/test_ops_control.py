@@ -13,10 +13,10 @@ from onnx import numpy_helper
 
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
-from gradlint.differentiate import differentiate
 from gradlint.estimate import estimate
 from gradlint.graph import dims
 from gradlint.load import from_proto
+from gradlint.reverse import differentiate
 from gradlint.testing import session
 
 Arrays = dict[str, np.ndarray]

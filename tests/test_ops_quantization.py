@@ -8,10 +8,10 @@ import pytest
 
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
-from gradlint.differentiate import differentiate
 from gradlint.domain import Moments, Range
 from gradlint.estimate import estimate, prove
 from gradlint.load import from_proto
+from gradlint.reverse import differentiate
 from gradlint.testing import Activation, check_op
 from gradlint.transfer import BLOCKED
 

@@ -14,11 +14,11 @@ from onnx import TensorProto, helper
 
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
-from gradlint.differentiate import backward, differentiate
 from gradlint.domain import Gradient, Moments
 from gradlint.estimate import context
 from gradlint.load import from_proto
 from gradlint.ops.recurrent import contraction, time_profile
+from gradlint.reverse import backward, differentiate
 from gradlint.testing import Activation, check_op, session
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}

@@ -4,8 +4,8 @@ import numpy as np
 import onnx
 import pytest
 
-from gradlint.differentiate import differentiate
 from gradlint.ops.softmax_weights import weights
+from gradlint.reverse import differentiate
 from gradlint.testing import Activation, check_op, session
 
 CASES = [((8, 10), -1, 1.0), ((8, 3), 1, 2.0), ((4, 6, 5), 1, 0.5), ((2, 3, 16, 16), -1, 1.5), ((4, 6, 5), -2, 0.1)]

@@ -44,7 +44,11 @@ def backward(
     wanted = list(dict.fromkeys(wrt))
     order = list(graph)
     needs = _reachable(order, wanted)
-    b = Backward(mode, needs, backward) if outer is None else inner(outer, "Subgraph", needs)
+    b = (
+        Backward(mode, needs, backward, prefix=_free_prefix(graph))
+        if outer is None
+        else inner(outer, "Subgraph", needs)
+    )
     grads: dict[ir.Value, list[ir.Value]] = {v: [g] for v, g in seeds.items()}
     for node in reversed(order):
         inputs = [v for v in (*node.inputs, *captured(node)) if b.wanted(v) and v is not None]
@@ -69,6 +73,26 @@ def backward(
     found = {v: g for v in wanted if v not in b.tainted and (g := _total(b, grads, v)) is not None}
     b.emit(graph, found.values())
     return b, found, tuple(reversed(b.cuts))
+
+
+def _free_name(graph: ir.Graph, name: str) -> str:
+    """`name`, or with a number in a graph that has it already (a backward model of a backward model)."""
+    used = {v.name for v in (*graph.inputs, *graph.outputs)}
+    k, free = 1, name
+    while free in used:
+        k += 1
+        free = f"{name}{k}"
+    return free
+
+
+def _free_prefix(graph: ir.Graph) -> str:
+    """`grad`, or `grad2` .. in a graph that holds a backward pass already."""
+    names = [str(n.name) for n in graph] + list(graph.initializers)
+    k, prefix = 1, "grad"
+    while any(name.startswith(f"{prefix}/") for name in names):
+        k += 1
+        prefix = f"grad{k}"
+    return prefix
 
 
 def _pulled(b: Backward, node: ir.Node, gs: Sequence[ir.Value | None]) -> Sequence[ir.Value | None] | None:
@@ -125,7 +149,7 @@ def differentiate(
     seeds: dict[ir.Value, ir.Value] = {}
     for output in list(graph.outputs):
         if is_float(output):
-            seed = ir.Value(name=f"{output.name}.cotangent", shape=output.shape, type=output.type)
+            seed = ir.Value(name=_free_name(graph, f"{output.name}.cotangent"), shape=output.shape, type=output.type)
             graph.inputs.append(seed)
             seeds[output] = seed
     _, found, cuts = backward(graph, seeds, [known[n] for n in names if n in known])
@@ -133,7 +157,7 @@ def differentiate(
     taken: set[ir.Value] = set(graph.inputs) | set(graph.outputs)
     for name in names:
         if name not in missing:
-            graph.outputs.append(named_output(graph, found[known[name]], f"{name}.grad", taken, known[name]))
+            graph.outputs.append(named_output(graph, found[known[name]], _free_name(graph, f"{name}.grad"), taken, known[name]))
     if missing:
         listed = {"names": missing, "operators": sorted({c.op_type for c in cuts})}
         loaded.metadata_props[CUT_KEY] = json.dumps(listed)

@@ -67,7 +67,7 @@ def _own_statistic(node: ir.Node, like: ir.Value, suffix: str, serial: int) -> i
     assert node.graph is not None
     size = dims(like) or (1,)
     array = np.full(size, (1 if suffix == "mean" else 2) * 1e6 + serial, np.float32)
-    name = f"{node.name}.running_{suffix}"
+    name = f"{node.name}.batch_{suffix}.buffer"
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=like.shape, type=like.type)
     node.graph.register_initializer(value)
     return value

@@ -53,6 +53,7 @@ def canonicalize(
     _fold(model)
     while expand(model):
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _lower_settings(model)
         infer_shapes(model)
         _fold(model)
     mark_constants(model)  # what folding made is no parameter either

@@ -338,8 +338,9 @@ def _tap_weight(taps: _Taps, name: str, weight: ir.Value, g: ir.Value, *, whole:
     if whole or math.prod(dims(weight) or ()) <= _SMALL:
         taps.add("whole", name, g)
         return
-    taps.add("wgrad", name, b.op("ReduceSumSquare", g, keepdims=0))
-    taps.add("wabs", name, b.op("ReduceL1", g, keepdims=0))
+    rows = b.constant(list(range(1, len(weight.shape or ()))))  # a sum per row: 1e8 squares in one float32 lose digits
+    taps.add("wgrad", name, b.op("ReduceSumSquare", g, rows, keepdims=0, noop_with_empty_axes=0))
+    taps.add("wabs", name, b.op("ReduceL1", g, rows, keepdims=0, noop_with_empty_axes=0))
     size = math.prod(dims(weight) or ())
     if size > _SAMPLE:
         g = b.op(
@@ -444,6 +445,8 @@ def _session(model: ir.Model, graph: ir.Graph, threads: int) -> Any:
         tensor = value.const_value
         if tensor is not None and tensor.nbytes > 4096:
             arrays[str(value.name)] = np.ascontiguousarray(tensor.numpy())
+        elif isinstance(tensor, ir.ExternalTensor):  # small: onnxruntime wants it in the model
+            value.const_value = ir.Tensor(np.array(tensor.numpy()), name=value.name)
     proto = _proto(model, graph, arrays)
     held = [ort.OrtValue.ortvalue_from_numpy(a) for a in arrays.values()]
     if held:
@@ -469,6 +472,7 @@ def _run(session: Any, taps: _Taps, feeds: Arrays, chunks: int) -> dict[tuple[st
     doubtful: set[tuple[str, str]] = set(keys)
     for power in _SCALES:
         got = dict(zip(keys, _run_once(session, feeds, chunks, power), strict=True))
+        got |= {key: got[key].sum() for key in keys if key[0] in ("wgrad", "wabs")}
         for key in [k for k in keys if k in doubtful]:
             kind = key[0]
             if power == 0 or (kind in _DEGREE and _held(got[key])):

@@ -157,7 +157,9 @@ def differentiate(
     taken: set[ir.Value] = set(graph.inputs) | set(graph.outputs)
     for name in names:
         if name not in missing:
-            graph.outputs.append(named_output(graph, found[known[name]], _free_name(graph, f"{name}.grad"), taken, known[name]))
+            graph.outputs.append(
+                named_output(graph, found[known[name]], _free_name(graph, f"{name}.grad"), taken, known[name])
+            )
     if missing:
         listed = {"names": missing, "operators": sorted({c.op_type for c in cuts})}
         loaded.metadata_props[CUT_KEY] = json.dumps(listed)

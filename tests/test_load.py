@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import gradlint
 from gradlint.exceptions import ModelError
 from gradlint.load import MappedTensor, read
 
@@ -224,3 +225,14 @@ def test_subgraphs_are_checked_too(tmp_path: Path) -> None:
     model.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
     model.graph.node.append(helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch))
     assert "'missing'" in refused(write(tmp_path, model.SerializeToString()))
+
+
+def test_a_model_with_external_data_is_measured_like_one_without(tmp_path: Path) -> None:
+    inside = write(tmp_path, linear().SerializeToString(), "inside.onnx")
+    outside = write(tmp_path, linear(external="w.bin").SerializeToString(), "outside.onnx")
+    write(tmp_path, np.arange(12, dtype=np.float32).tobytes(), "w.bin")
+    reports = [gradlint.check(path) for path in (inside, outside)]
+    measured = [[w.measured for w in report.weights] for report in reports]
+    assert measured[0]
+    assert measured[0][0]["grad_rms"] > 0
+    assert measured[0] == measured[1]

@@ -171,7 +171,7 @@ def maps(node: ir.Node) -> Maps | None:
     if found is None:
         return None
     built = {a: matrix(node, axis) for a, axis in found.items()}
-    return {a: w for a, w in built.items() if not np.array_equal(w, np.eye(*w.shape))}
+    return {a: w for a, w in built.items() if not np.array_equal(w, np.eye(len(w)))}
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

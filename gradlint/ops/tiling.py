@@ -172,8 +172,12 @@ def to_depth_pullback(
 ) -> Sequence[Gradient | None]:
     if gs[0] is None:
         return (None,)
-    g = gs[0].map(lambda a: _by_block(_level(a), node)[0].mean(axis=1))
-    return (g,)
+
+    def mean(a: Array) -> Array:
+        wide, axis = _by_block(_level(a), node)
+        return wide.mean(axis=axis)
+
+    return (gs[0].map(mean),)
 
 
 def blocked_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
@@ -198,7 +202,7 @@ def to_space_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
 
 
 def to_depth_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    return (b.op("DepthToSpace", gs[0], blocksize=attribute(node, "blocksize"), mode="DCR"),)
+    return (b.op("DepthToSpace", gs[0], blocksize=attribute(node, "blocksize"), mode=attribute(node, "mode", "DCR")),)
 
 
 row(

@@ -146,9 +146,7 @@ def _forward(ctx: Context, graph: ir.Graph, moments: dict[ir.Value, Moments]) ->
                 behind.add(node)
             if found is not None:
                 moments[output] = _finite(found)
-        for value in node.inputs:
-            if value is not None and value.const_value is not None:
-                release(value.const_value)
+        _release(node)
     return list(dict.fromkeys(unmodelled)), behind
 
 
@@ -161,6 +159,13 @@ def _through(output: ir.Value, xs: list[Moments | None]) -> Moments | None:
     if first is None:
         return Moments.normal(rank)
     return Moments.normal(rank, float(np.mean(first.mean)), float(np.mean(first.var)))
+
+
+def _release(node: ir.Node) -> None:
+    """Give back the memory-mapped pages of the weights a row has read."""
+    for value in node.inputs:
+        if value is not None:
+            release(value.const_value)
 
 
 def _finite(x: Moments) -> Moments:
@@ -190,9 +195,7 @@ def _backward(
                 gradients[value] = gradients[value] + g if value in gradients else g
                 size = math.prod(dims(value) or (1,)) / (ctx.batch if ctx.varies(value) else 1)
                 edges[node, k] = float(np.mean(g.total)) * max(1.0, size)
-        for value in node.inputs:
-            if value is not None and value.const_value is not None:
-                release(value.const_value)
+        _release(node)
     return edges
 
 
@@ -228,6 +231,7 @@ def prove(graph: ir.Graph, ranges: Mapping[str, Range], *, batch: int, mode: str
         ):
             if known is not None and np.isfinite(known.lo).all() and np.isfinite(known.hi).all():
                 found[output] = known
+        _release(node)
     return Proof(found, _bounds(ctx, graph, found))
 
 
@@ -262,4 +266,5 @@ def _bounds(ctx: Context, graph: ir.Graph, found: dict[ir.Value, Range]) -> dict
                 unknown.add(value)
             else:
                 bounds[value] = bounds.get(value, 0.0) + above * factor
+        _release(node)
     return {v: b * (1 + 1e-5) for v, b in bounds.items() if v not in unknown and b <= _BOUND_LIMIT}

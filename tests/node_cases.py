@@ -138,6 +138,8 @@ class Loss:
         model = onnx.ModelProto()
         model.CopyFrom(case.model)
         _retype(model, TensorProto.DOUBLE)
+        for node in model.graph.node:
+            node.op_type = {"Scatter": "ScatterElements"}.get(node.op_type, node.op_type)  # its later name
         self.runner = ReferenceEvaluator(model, new_ops=[Erf, Gelu, *CORRECTED])
         self.floats = [o.type.tensor_type.elem_type in FLOATS for o in case.model.graph.output]
         self.names = [o.name for o in case.model.graph.output]
@@ -194,7 +196,8 @@ def _training(case: Case) -> bool:
 
 def _beside(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     scale = float(np.abs(x[np.isfinite(x)]).mean()) if np.isfinite(x).any() else 1.0
-    return (x * (1 - 0.02 * rng.random(x.shape)) + 0.005 * scale * rng.standard_normal(x.shape)).astype(x.dtype)
+    moved = x * (1 - 0.02 * rng.random(x.shape)) + 0.005 * scale * rng.standard_normal(x.shape)
+    return np.asarray(moved, x.dtype)
 
 
 def _runner(model: onnx.ModelProto) -> tuple[Any, str]:

@@ -261,12 +261,20 @@ def _limits(node: ir.Node) -> tuple[float, float]:
 
 
 def clip_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    """dz = g where min < y < max (nothing flows at the limits); the limits are settings."""
-    _, y, g = ends_of(b, node, gs)
+    """dz = g where min < y < max (nothing flows at the limits); a limit takes g where it is what comes out."""
+    x, y, g = ends_of(b, node, gs)
     lo, hi = (node.inputs[k] if k < len(node.inputs) else None for k in (1, 2))
     inside = _inside(b, y, lo, hi)
-    dz = g if inside is None else gated(b, g, inside)
-    return (dz, *(None,) * (len(node.inputs) - 1))
+    dlo = dhi = None
+    if lo is not None and b.wanted(lo):
+        below = b.op("Less", x, lo, dtype=ir.DataType.BOOL)
+        if hi is not None:  # where min > max, max comes out
+            below = b.op("And", below, b.op("LessOrEqual", lo, hi, dtype=ir.DataType.BOOL))
+        dlo = b.op("ReduceSum", gated(b, g, below), keepdims=0)
+    if hi is not None and b.wanted(hi):
+        over = b.op("Greater", x if lo is None else b.op("Max", x, lo), hi, dtype=ir.DataType.BOOL)
+        dhi = b.op("ReduceSum", gated(b, g, over), keepdims=0)
+    return (g if inside is None else gated(b, g, inside), dlo, dhi)[: len(node.inputs)]
 
 
 elementwise("Clip", lambda node: _clipped(*_limits(node)), clip_vjp)

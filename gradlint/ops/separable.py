@@ -98,7 +98,7 @@ def adjoint(b: Backward, g: ir.Value, maps: Maps, shape: Sequence[int | None]) -
     """
     assert g.dtype is not None
     kind, rank, now = g.dtype.numpy(), len(shape), [-1 if n is None else n for n in shape]
-    maps = {k: a for k, a in maps.items() if not np.array_equal(a, np.eye(*a.shape))}
+    maps = {k: a for k, a in maps.items() if not np.array_equal(a, np.eye(len(a)))}
     if maps and min(maps) >= 2 and all(_repeats(a) for a in maps.values()):
         kernel = [(_repeats(maps[k]) or 1) if k in maps else 1 for k in range(2, rank)]
         pooled = b.op("AveragePool", g, kernel_shape=kernel, strides=kernel)

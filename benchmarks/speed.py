@@ -75,8 +75,9 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleDict(
                 {
-                    "norm1": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width),
-                    "norm2": nn.LayerNorm(width), "up": nn.Linear(width, 4 * width), "down": nn.Linear(4 * width, width),
+                    "norm1": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width),
+                    "proj": nn.Linear(width, width), "norm2": nn.LayerNorm(width),
+                    "up": nn.Linear(width, 4 * width), "down": nn.Linear(4 * width, width),
                 }
             )
             for _ in range(depth)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from gradlint.anatomy import Anatomy, anatomy
 from gradlint.binding import Dims, deciding_inputs
 from gradlint.canonical import canonicalize
 from gradlint.data import Data, check_inputs, read_data, setting, synthetic
@@ -22,7 +23,7 @@ from gradlint.domain import Moments, Range
 from gradlint.estimate import Estimate, Proof, estimate, prove
 from gradlint.exceptions import DataError, UsageError
 from gradlint.fact_table import Fact, Subject
-from gradlint.facts import EXPORT_LINE, Anatomy, Facts, anatomy, gather, request
+from gradlint.facts import EXPORT_LINE, Facts, gather, request
 from gradlint.graph import FLOATS, dims, folded_batchnorms, is_float, op, split_merged
 from gradlint.judge import judge, verdict
 from gradlint.load import Source, from_proto, read, source

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from gradlint.anatomy import Anatomy
 from gradlint.estimate import Estimate
 from gradlint.fact_table import Fact, Subject
 from gradlint.graph import MOVES, attribute, dims, is_float, module, op, source
@@ -17,9 +17,6 @@ from gradlint.patterns import array_behind, normalisations, scalar
 from gradlint.results import Evidence
 from gradlint.structure import Bypasses
 from gradlint.weight_facts import fans
-
-if TYPE_CHECKING:
-    from gradlint.facts import Anatomy
 
 _FUSED = frozenset({"Attention", "com.microsoft:MultiHeadAttention", "com.microsoft:Attention"})
 _LOGIT_OPS = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Tanh", "Max", "Min", "Clip"})

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from gradlint.anatomy import Anatomy
 from gradlint.estimate import Estimate, Proof
 from gradlint.fact_table import Fact, Subject
 from gradlint.graph import is_float, op, source
 from gradlint.patterns import normalisations, scalar
 from gradlint.results import Evidence
 from gradlint.trunk import crossing
-
-if TYPE_CHECKING:
-    from gradlint.facts import Anatomy
 
 Figures = dict[Evidence, dict[str, float]]
 _KINDS: tuple[Evidence, ...] = ("estimated", "measured")
@@ -46,7 +43,7 @@ def variance_ratios(subjects: Sequence[Subject]) -> dict[str, Figures]:
         if first is None:
             continue
         for layer, std in spreads:
-            found.setdefault(layer, {}).setdefault(kind, {})["variance_ratio"] = (std / first) ** 2
+            found.setdefault(layer, {}).setdefault(kind, {})["variance_ratio"] = (std / first) * (std / first)
     return found
 
 
@@ -91,7 +88,7 @@ def forward_scale(layer: ir.Node, estimate: Estimate, measured: Mapping[str, Map
             return std
         x = estimate.moments.get(value)
         if x is not None:
-            return math.sqrt(max(0.0, float(np.mean(x.second)) - float(np.mean(x.mean)) ** 2))
+            return x.std
     return None
 
 
@@ -147,7 +144,7 @@ def _pole_facts(node: ir.Node, estimate: Estimate, proof: Proof) -> dict[str, Fa
 
 def _derivative(node: ir.Node, nearest: float, exponent: float | None, estimate: Estimate) -> float:
     """|f'| at the distance `nearest` from the pole."""
-    if nearest == 0:
+    if nearest < 1e-100:  # powers of less would overflow
         return math.inf
     if op(node) == "Log":
         return 1 / nearest

@@ -39,6 +39,14 @@ class Moments:
         """E[x^2] per unit."""
         return self.mean**2 + self.var
 
+    @property
+    def std(self) -> float:
+        """Standard deviation over examples, positions and units; infinite where a moment overflows."""
+        mean, second = float(np.mean(self.mean)), float(np.mean(self.second))
+        if not (math.isfinite(second) and math.isfinite(mean)):
+            return math.inf
+        return math.sqrt(max(0.0, second - mean * mean))
+
     def map(self, move: Callable[[Array], Array]) -> Moments:
         """The same moments in another arrangement of axes."""
         return Moments(move(self.mean), move(self.fixed), move(self.shared), move(self.local))

@@ -15,16 +15,17 @@ from gradlint.exceptions import ModelError
 from gradlint.graph import attribute, is_float, op
 from gradlint.transfer import MOMENTS, VJP
 
+_STANDARD = ("", "ai.onnx.preview")  # domains
+
 
 def expand(model: ir.Model) -> bool:
     """Replace, in place, every such node; True if there was one. Raises ModelError for a node its body does not fit."""
-    version = model.opset_imports.get("", 0)
     found = False
     for graph in (model.graph, *model.graph.subgraphs()):
         for node in list(graph):
             if op(node) in ("com.microsoft:FusedMatMul", "com.microsoft:TransposeMatMul"):
                 _write_out_product(graph, node)
-            elif _is_function(node, version):
+            elif _is_function(node, version := model.opset_imports.get(node.domain, 0)):
                 _write_out_body(graph, node, version)
             else:
                 continue
@@ -34,12 +35,12 @@ def expand(model: ir.Model) -> bool:
 
 def _is_function(node: ir.Node, version: int) -> bool:
     """A float operator without rows that the standard defines by other operators."""
-    if node.domain not in ("", "ai.onnx") or node.op_type in MOMENTS or node.op_type in VJP:
+    if node.domain not in _STANDARD or op(node) in MOMENTS or op(node) in VJP:
         return False
     if not any(is_float(v) for v in node.inputs) or not any(is_float(v) for v in node.outputs):
         return False
     try:
-        schema = onnx.defs.get_schema(node.op_type, version)
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
     except onnx.defs.SchemaError:
         return False
     return bool(schema.has_function or schema.has_context_dependent_function)  # type: ignore[attr-defined]
@@ -75,7 +76,6 @@ def _body(node: ir.Node, version: int) -> ir.Graph:
     inputs = list(dict.fromkeys(v for v in node.inputs if v is not None))
     names = {v: f"in{k}" for k, v in enumerate(inputs)}
     proto = ir.to_proto(node)
-    proto.domain = ""
     proto.input[:] = ["" if v is None else names[v] for v in node.inputs]
     proto.output[:] = [f"out{k}" if o.name else "" for k, o in enumerate(node.outputs)]
     function = _function(proto, [_type(v) for v in node.inputs], version)
@@ -84,7 +84,7 @@ def _body(node: ir.Node, version: int) -> ir.Graph:
     function.domain = proto.domain = "body"
     given = [helper.make_value_info(names[v], _type(v)) for v in inputs]
     results = [helper.make_empty_tensor_value_info(name) for name in proto.output if name]
-    imports = [helper.make_opsetid("", function.opset_import[0].version), helper.make_opsetid("body", 1)]
+    imports = [o for o in function.opset_import if o.domain == ""] + [helper.make_opsetid("body", 1)]
     graph = helper.make_graph([proto], "body", given, results)
     model = helper.make_model(graph, opset_imports=imports, functions=[function])
     return ir.from_proto(inliner.inline_local_functions(model)).graph
@@ -92,7 +92,7 @@ def _body(node: ir.Node, version: int) -> ir.Graph:
 
 def _function(proto: onnx.NodeProto, types: list[onnx.TypeProto], version: int) -> onnx.FunctionProto:
     """The newest body in the standard not beyond opset `version`; without nodes where it does not fit the types."""
-    schema = onnx.defs.get_schema(proto.op_type, version)
+    schema = onnx.defs.get_schema(proto.op_type, version, proto.domain)
     function = onnx.FunctionProto()
     if schema.has_function:  # type: ignore[attr-defined]
         opset = max(v for v in schema.function_opset_versions if v <= version)  # type: ignore[attr-defined]

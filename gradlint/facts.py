@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from gradlint.anatomy import Anatomy
 from gradlint.derived_facts import (
     forward_scale,
     fp16_underflow,
     learning_spread,
-    on_trunk,
     pole_subjects,
     update_ratio,
     variance_ratios,
@@ -25,6 +25,7 @@ from gradlint.derived_facts import (
 from gradlint.domain import Moments
 from gradlint.estimate import Estimate, Proof
 from gradlint.fact_table import Fact, Scope, Subject
+from gradlint.flow import Flow, cotangent_norm, decades, estimated_signal
 from gradlint.graph import (
     ACTIVATIONS,
     WeightUse,
@@ -36,39 +37,18 @@ from gradlint.graph import (
     module,
     op,
     source,
-    weight_uses,
 )
 from gradlint.ops.activation import active_share, saturated_share
 from gradlint.options import Options
 from gradlint.probe import Probe, Request, Skipped, activation_figures
-from gradlint.results import Blame, Evidence, LayerRow, WeightRow
+from gradlint.results import Evidence, LayerRow, WeightRow
 from gradlint.static_facts import StaticFacts, static_facts
 from gradlint.transfer import ELEMENTWISE, spectrum
-from gradlint.trunk import blame, crossing, depths
+from gradlint.trunk import depths
 
 _KINDS: tuple[Evidence, ...] = ("estimated", "measured")
 _ALIVE = 0.01  # a unit that is active less often is taken for dead
 EXPORT_LINE = "torch.onnx.export(model.train(), args, 'model.onnx', dynamo=True, optimize=False)"
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What the graph is made of: weight uses, layers in graph order, activations among them."""
-
-    graph: ir.Graph
-    uses: tuple[WeightUse, ...]
-    layers: tuple[ir.Node, ...]
-    activations: tuple[ir.Node, ...]
-    weighted: frozenset[ir.Node]
-
-
-def anatomy(graph: ir.Graph) -> Anatomy:
-    """Layers are the main graph's nodes with weights, and its activations on values that vary."""
-    uses = tuple(u for u in weight_uses(graph))
-    weighted = frozenset(u.layer for u in uses)
-    activations = tuple(n for n in graph if op(n) in ACTIVATIONS and is_float(n.inputs[0]) and n not in weighted)
-    layers = tuple(n for n in graph if n in weighted or n in activations)
-    return Anatomy(graph, uses, layers, activations, weighted)
 
 
 def request(parts: Anatomy, estimate: Estimate) -> Request:
@@ -142,7 +122,7 @@ def gather(
     lengths: graph inputs whose sequence length was assumed; disconnected: weights of the file that lead to no output.
     """
     measured = probed if isinstance(probed, Probe) else None
-    flow = _Flow.of(parts, estimate, measured)
+    flow = Flow.of(parts, estimate, measured)
     rows, subjects = [], []
     weights_of: dict[ir.Node, list[WeightUse]] = {}
     for use in parts.uses:
@@ -193,138 +173,29 @@ def _add_ratios(subjects: list[Subject]) -> None:
         subjects[k] = replace(subject, facts=known.facts, evidence=known.evidence)
 
 
-# -- flow --------------------------------------------------------------------------------------------------------------
-
-_Curve = Mapping[ir.Node, float]
-
-
-@dataclass(frozen=True)
-class _Flow:
-    """Trunk gradient (decades against its largest nearer the outputs, and against the last layer) and signal at every
-    cut.
-    """
-
-    decades: Mapping[Evidence, _Curve]
-    growth: Mapping[Evidence, _Curve]
-    signal: Mapping[Evidence, _Curve]
-    blames: Mapping[ir.Value, tuple[Blame, ...]]
-    layers: tuple[ir.Node, ...]
-    trunk: frozenset[ir.Node]
-
-    @staticmethod
-    def of(parts: Anatomy, estimate: Estimate, measured: Probe | None) -> _Flow:
-        graph = parts.graph
-        values = {str(o.name): o for n in graph for o in n.outputs}
-        names = {o for n in graph for o in n.outputs if o in estimate.varies}
-        norms: dict[Evidence, dict[ir.Value, float]] = {
-            "estimated": {v: g for v in names if (g := estimate.grad_norm(v)) is not None}
-        }
-        signals: dict[Evidence, dict[ir.Value, float]] = {
-            "estimated": {v: s for v in names if (s := estimated_signal(estimate, v)) is not None}
-        }
-        if measured is not None:
-            rows = {
-                values[n]: row for n, row in measured.values.items() if n in values and values[n] in estimate.varies
-            }
-            norms["measured"] = {v: row["grad_norm"] for v, row in rows.items() if "grad_norm" in row}
-            signals["measured"] = {v: row["signal"] for v, row in rows.items() if "signal" in row}
-        decades: dict[Evidence, _Curve] = {}
-        growth: dict[Evidence, _Curve] = {}
-        stem = _before_head(parts)
-        cotangents: dict[Evidence, float] = {"estimated": cotangent_norm(graph, estimate)}
-        if measured is not None:
-            cotangents["measured"] = measured.cotangent
-        for kind, figures in norms.items():
-            curve = crossing(graph, figures)
-            shown = {n: curve[n] for n in stem if n in curve}
-            last = next((g for n in reversed(stem) if (g := shown.get(n))), 0.0)
-            last = max(last, cotangents[kind])
-            growth[kind] = {n: _decades(g, last) for n, g in shown.items()}
-            fall: dict[ir.Node, float] = {}
-            top = 0.0
-            for node in reversed(stem):  # against the largest between here and the outputs
-                if node in shown:
-                    top = max(top, shown[node])
-                    fall[node] = _decades(shown[node], top)
-            decades[kind] = fall
-        best: Evidence = "measured" if norms.get("measured") else "estimated"
-        targets = [n.outputs[0] for n in parts.layers]
-        cotangent = (
-            measured.cotangent if best == "measured" and measured is not None else cotangent_norm(graph, estimate)
-        )
-        blames = blame(graph, norms[best], estimate.edges, cotangent, targets)
-        signal = {kind: crossing(graph, figures) for kind, figures in signals.items()}
-        return _Flow(decades, growth, signal, blames, parts.layers, on_trunk(parts, norms[best]))
-
-    def blame_of(self, node: ir.Node) -> tuple[Blame, ...]:
-        return self.blames.get(node.outputs[0], ())
-
-    def at(self, node: ir.Node, kind: Evidence) -> dict[str, float]:
-        curves = {"trunk_decades": self.decades, "trunk_growth": self.growth, "trunk_signal": self.signal}
-        return {name: curve[kind][node] for name, curve in curves.items() if node in curve.get(kind, {})}
-
-    def model_facts(self) -> dict[Evidence, dict[str, float]]:
-        found: dict[Evidence, dict[str, float]] = {"estimated": {}, "measured": {}}
-        for kind in self.decades:
-            if self.decades[kind]:
-                found[kind]["trunk_min_decades"] = min(self.decades[kind].values())
-                found[kind]["trunk_max_decades"] = max(self.growth[kind].values())
-        return found
-
-
-def _before_head(parts: Anatomy) -> list[ir.Node]:
-    """The layers up to the last one with weights: what a head's Sigmoid or Softmax does is no matter of the trunk."""
-    last = max((k for k, n in enumerate(parts.layers) if n in parts.weighted), default=-1)
-    return list(parts.layers[: last + 1])
-
-
-def _decades(figure: float, reference: float) -> float:
-    if not math.isfinite(figure):
-        return math.inf
-    if figure <= 0 or reference <= 0:
-        return -math.inf if reference > 0 else 0.0
-    return math.log10(figure / reference) if math.isfinite(reference) else -math.inf
-
-
-def cotangent_norm(graph: ir.Graph, estimate: Estimate) -> float:
-    """Norm of standard normal targets over all float outputs, per example."""
-    return math.sqrt(sum(estimate.elements(o) for o in dict.fromkeys(graph.outputs) if is_float(o)) or 1.0)
-
-
-def estimated_signal(estimate: Estimate, value: ir.Value) -> float | None:
-    """Standard deviation over examples / RMS."""
-    x = estimate.moments.get(value)
-    if x is None:
-        return None
-    second = float(np.mean(x.second))
-    return math.sqrt(max(0.0, float(np.mean(x.shared + x.local))) / second) if second > 0 else 0.0
-
-
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
 def _layer_figures(
-    node: ir.Node, parts: Anatomy, estimate: Estimate, proof: Proof, measured: Probe | None, flow: _Flow
+    node: ir.Node, parts: Anatomy, estimate: Estimate, proof: Proof, measured: Probe | None, flow: Flow
 ) -> dict[Evidence, dict[str, Any]]:
     out = node.outputs[0]
     name = str(out.name)
     cotangent = cotangent_norm(parts.graph, estimate)
     estimated: dict[str, Any] = {}
     if (x := estimate.moments.get(out)) is not None:
-        mean = float(np.mean(x.mean))
-        estimated["output_mean"] = mean
-        estimated["output_std"] = math.sqrt(max(0.0, float(np.mean(x.second)) - mean**2))
+        estimated |= {"output_mean": float(np.mean(x.mean)), "output_std": x.std}
         if out in estimate.varies:
             estimated["signal"] = estimated_signal(estimate, out)
     if (norm := estimate.grad_norm(out)) is not None:
-        estimated |= {"grad_rms": estimate.grad_rms(out), "grad_norm": norm, "decades": _decades(norm, cotangent)}
+        estimated |= {"grad_rms": estimate.grad_rms(out), "grad_norm": norm, "decades": decades(norm, cotangent)}
     if node in parts.activations:
         estimated |= _estimated_slopes(node, estimate)
     gains = [
         n for v in node.inputs if v is not None and v in estimate.varies and (n := estimate.grad_norm(v)) is not None
     ]
     if gains and estimated.get("grad_norm"):
-        estimated["gain"] = _decades(math.sqrt(sum(g * g for g in gains)), estimated["grad_norm"])
+        estimated["gain"] = decades(math.sqrt(sum(g * g for g in gains)), estimated["grad_norm"])
     estimated |= flow.at(node, "estimated")
     found: dict[Evidence, dict[str, Any]] = {
         "proved": _proved(node, proof, cotangent),
@@ -334,7 +205,7 @@ def _layer_figures(
     if measured is not None:
         row = dict(measured.values.get(name, {}))
         if "grad_norm" in row:
-            row["decades"] = _decades(row["grad_norm"], measured.cotangent)
+            row["decades"] = decades(row["grad_norm"], measured.cotangent)
             into = [
                 measured.values[str(v.name)].get("grad_norm")
                 for v in node.inputs
@@ -342,7 +213,7 @@ def _layer_figures(
             ]
             known = [g for g in into if g is not None]
             if known and row["grad_norm"] > 0:
-                row["gain"] = _decades(math.sqrt(sum(g * g for g in known)), row["grad_norm"])
+                row["gain"] = decades(math.sqrt(sum(g * g for g in known)), row["grad_norm"])
         if node in parts.activations:
             row |= activation_figures(measured, str(node.name))
         row |= flow.at(node, "measured")
@@ -356,7 +227,7 @@ def _estimated_slopes(node: ir.Node, estimate: Estimate) -> dict[str, Any]:
     z = estimate.moments.get(node.inputs[0]) if node.inputs[0] is not None else None
     if z is None or op(node) not in ELEMENTWISE:
         return {}
-    spread = math.sqrt(max(0.0, float(np.mean(z.second)) - float(np.mean(z.mean)) ** 2))
+    spread, mean = z.std, float(np.mean(z.mean))
     z = _some_units(z)
     active = active_share(op(node), node, z)
     slope = spectrum(ELEMENTWISE[op(node)].functions(node)[1], z.mean, z.var, kinked=True).second
@@ -366,7 +237,7 @@ def _estimated_slopes(node: ir.Node, estimate: Estimate) -> dict[str, Any]:
         "flat": float(np.mean(1 - active)),
         "dead": float(np.mean(active < _ALIVE)),
         "input_std": spread,
-        "input_high": float(np.mean(z.mean)) + 4 * spread,
+        "input_high": mean + 4 * spread,
     }
 
 
@@ -427,7 +298,7 @@ def _layer_row(
     figures: Mapping[Evidence, Mapping[str, Any]],
     uses: Sequence[WeightUse],
     inputs: tuple[str, ...],
-    flow: _Flow,
+    flow: Flow,
 ) -> LayerRow:
     kept = {kind: {k: figures[kind][k] for k in names if k in figures[kind]} for kind, names in _REPORTED.items()}
     return LayerRow(

@@ -179,6 +179,15 @@ def _group_normalization(node: ir.Node, version: int) -> None:
         node.replace_input_with(k, c.outputs[0])
 
 
+def _dft(node: ir.Node, version: int) -> None:
+    """Opset 20 makes the axis an input (and another one its default)."""
+    assert node.graph is not None
+    axis = attribute(node, "axis", 1)
+    node.attributes.pop("axis", None)
+    node.resize_inputs(3)
+    node.replace_input_with(2, constant(node.graph, f"{node.name}.axis", np.array(axis)))
+
+
 # operator -> (first opset of the new form, how to get there)
 _LIFTS: dict[str, tuple[int, Callable[[ir.Node, int], None]]] = {
     **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), (13, _softmax)),
@@ -201,6 +210,7 @@ _LIFTS: dict[str, tuple[int, Callable[[ir.Node, int], None]]] = {
     "Resize": (11, _resize),
     "Scatter": (11, _renamed("ScatterElements")),
     "GroupNormalization": (21, _group_normalization),
+    "DFT": (20, _dft),
 }  # fmt: skip
 
 

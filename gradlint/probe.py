@@ -52,7 +52,8 @@ class Probe:
     values: by value name: mean, std, signal, grad_rms, grad_norm, and of activations slope, saturated, dead, ..;
     weights: by initializer name: grad_rms, grad_mean_abs, zero_share; steps: |dL/dh_t| per time step by node name;
     cotangent: norm of the loss's gradient at the outputs, RMS over examples; alignment: of the last features with the
-    inputs (`gradlint.alignment`).
+    inputs (`gradlint.alignment`); whole: input_mean, input_std, input_low, input_high over the float inputs; classes
+    and initial_loss under cross-entropy.
     """
 
     values: Mapping[str, Mapping[str, float]]
@@ -63,6 +64,7 @@ class Probe:
     cuts: tuple[Cut, ...]
     measured: frozenset[str]
     alignment: float | None = None
+    whole: Mapping[str, float] = field(default_factory=dict)
     build_s: float = 0.0
     run_s: float = 0.0
 
@@ -87,6 +89,7 @@ class _Taps:
 
     b: Backward
     outputs: dict[tuple[str, str], ir.Value] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)  # per unit of an activation, by its name
 
     def add(self, kind: str, name: str, value: ir.Value) -> None:
         self.outputs[kind, name] = value
@@ -110,6 +113,8 @@ def probe(
     """
     started = time.perf_counter()
     graph = model.graph.clone()
+    if not any(is_float(o) for o in graph.outputs):
+        return Skipped("no output is a float, so no loss has a gradient", "export the model up to its logits")
     _to_float32(graph)
     if mode == "train":
         to_train_mode(graph)
@@ -124,7 +129,7 @@ def probe(
     scale = ir.Value(name=SCALE, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT))
     graph.inputs.append(scale)
     emitter = Backward(mode, set(), prefix="loss")
-    seeds, feeds = _seeds(emitter, graph, data, loss, seed, scale, batch, chunks)
+    seeds, feeds, losses = _seeds(emitter, graph, data, loss, seed, scale, batch, chunks)
     emitter.emit(graph)
     wanted = [values[n] for n in (*request.weights, *request.values) if n in values and is_float(values[n])]
     b, grads, cuts = backward(graph, seeds, wanted, mode=mode)
@@ -145,6 +150,8 @@ def probe(
             taps.add("steps", str(node.name), b.op("ReduceSumSquare", value, b.constant(axes), keepdims=0))
     if request.features in values and chunks == 1:
         _tap_gram(taps, values[request.features], batch)
+    for k, value in enumerate(losses):
+        taps.add("loss", str(k), value)
     for k, cotangent in enumerate(dict.fromkeys(seeds.values())):
         taps.add("seed", str(k), b.op("ReduceSumSquare", cotangent, keepdims=0))
     b.emit(graph)
@@ -166,7 +173,8 @@ def probe(
     likeness = None
     if ("gram", "features") in sums:
         likeness = alignment(gram_of_inputs(data.inputs.values(), batch), sums["gram", "features"])
-    return Probe(*found, examples, cuts, measured, likeness, built - started, ran - built)
+    whole = _input_figures(data.inputs) | _initial_loss(sums, seeds)
+    return Probe(*found, examples, cuts, measured, likeness, whole, built - started, ran - built)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
@@ -219,8 +227,9 @@ def _chunks(graph: ir.Graph, data: Data) -> tuple[int, int]:
 
 def _seeds(
     b: Backward, graph: ir.Graph, data: Data, loss: Loss, seed: int, scale: ir.Value, batch: int, chunks: int
-) -> tuple[dict[ir.Value, ir.Value], Arrays]:
-    """The cotangent of each output under the loss, built in the graph, and the arrays to feed (all chunks)."""
+) -> tuple[dict[ir.Value, ir.Value], Arrays, list[ir.Value]]:
+    """The cotangent of each output under the loss, built in the graph; the arrays to feed (all chunks); and the
+    cross-entropy itself, per output that has a target."""
     outputs = [o for o in dict.fromkeys(graph.outputs) if is_float(o)]
     seeds: dict[ir.Value, ir.Value] = {}
     feeds: Arrays = dict(data.inputs)
@@ -229,7 +238,7 @@ def _seeds(
         for output, (name, target) in zip(outputs, linear_targets(shapes, data, seed).items(), strict=True):
             feeds[f"gradlint.target.{name}"] = target / np.float32(math.sqrt(batch * chunks))
             seeds[output] = b.op("Mul", _target(graph, name, dims(output) or (), ir.DataType.FLOAT), scale)
-        return seeds, feeds
+        return seeds, feeds, []
     pairs = [
         (o, t)
         for k, o in enumerate(outputs)
@@ -237,6 +246,7 @@ def _seeds(
     ]
     if not pairs:
         raise DataError(f"the loss {loss} needs a target: put an array 'target' into --data (or 'target.OUTPUT')")
+    losses = []
     for output, given in pairs:
         logits = _logits(output, loss)
         shape = dims(logits) or ()
@@ -245,7 +255,9 @@ def _seeds(
         feeds[f"gradlint.target.{output.name}"] = labels(given, whole, data.origin, loss=loss)
         wanted = _target(graph, str(output.name), shape[:-1] if loss == "cross-entropy" else shape, kind)
         seeds[logits] = b.op("Mul", _loss_gradient(b, loss, logits, wanted, whole), scale)
-    return seeds, feeds
+        if loss == "cross-entropy":
+            losses.append(_cross_entropy(b, logits, wanted, whole))
+    return seeds, feeds, losses
 
 
 def _learn_shapes(model: ir.Model, graph: ir.Graph, feeds: Arrays, threads: int) -> None:
@@ -279,8 +291,7 @@ def _logits(output: ir.Value, loss: Loss) -> ir.Value:
 def _loss_gradient(b: Backward, loss: Loss, y: ir.Value, target: ir.Value, whole: tuple[int, ...]) -> ir.Value:
     """dL/dy: softmax(y) - onehot, sigmoid(y) - t (means over examples), 2 (y - t) (mean over elements)."""
     if loss == "cross-entropy":
-        depth, ends = b.constant([whole[-1]]), b.constant([0.0, 1.0], np.float32)
-        hot = b.op("OneHot", target, depth, ends, dtype=ir.DataType.FLOAT, axis=-1)
+        hot = _onehot(b, target, whole)
         return b.op(
             "Div", b.op("Sub", b.op("Softmax", y, axis=-1), hot), b.scalar(float(max(1, math.prod(whole[:-1]))), y)
         )
@@ -288,6 +299,19 @@ def _loss_gradient(b: Backward, loss: Loss, y: ir.Value, target: ir.Value, whole
     if loss == "bce":
         return b.op("Div", b.op("Sub", b.op("Sigmoid", y), target), b.scalar(count, y))
     return b.op("Mul", b.op("Sub", y, target), b.scalar(2.0 / count, y))
+
+
+def _onehot(b: Backward, target: ir.Value, whole: tuple[int, ...]) -> ir.Value:
+    depth, ends = b.constant([whole[-1]]), b.constant([0.0, 1.0], np.float32)
+    return b.op("OneHot", target, depth, ends, dtype=ir.DataType.FLOAT, axis=-1)
+
+
+def _cross_entropy(b: Backward, y: ir.Value, target: ir.Value, whole: tuple[int, ...]) -> ir.Value:
+    """-log softmax(y)[target], the part of this run in the mean over all examples."""
+    chosen = b.op("Mul", b.op("LogSoftmax", y, axis=-1), _onehot(b, target, whole))
+    return b.op(
+        "Div", b.op("Neg", b.op("ReduceSum", chosen, keepdims=0)), b.scalar(float(max(1, math.prod(whole[:-1]))), y)
+    )
 
 
 # -- taps --------------------------------------------------------------------------------------------------------------
@@ -365,6 +389,8 @@ def _tap_activation(taps: _Taps, name: str, node: ir.Node, unit_axis: int) -> No
     slopes = VJP[op(node)](b, sampled, [b.scalar(1.0, z)])[0]
     if slopes is None:
         return
+    seen = dims(sample) or shape
+    taps.samples[name] = math.prod(n for a, n in enumerate(seen) if a != axis)
     axes = b.constant([a for a in range(len(shape)) if a != axis])
     taps.add("slope", name, b.op("ReduceMean", b.op("Mul", slopes, slopes), axes, keepdims=0))
     steepest = derivative(op(node), node)[2]
@@ -583,6 +609,22 @@ def _spread(
     return found
 
 
+def _input_figures(inputs: Arrays) -> dict[str, float]:
+    """Mean, standard deviation and extremes over all elements of the float inputs that vary."""
+    floats = [a.reshape(-1).astype(np.float64) for a in inputs.values() if a.dtype.kind == "f" and np.ptp(a) > 0]
+    if not floats:
+        return {}
+    x = np.concatenate(floats)
+    found = {"mean": x.mean(), "std": x.std(), "low": x.min(), "high": x.max()}
+    return {f"input_{name}": float(figure) for name, figure in found.items()}
+
+
+def _initial_loss(sums: Mapping[tuple[str, str], np.ndarray], seeds: Mapping[ir.Value, ir.Value]) -> dict[str, float]:
+    """The cross-entropy of the first output that has a target, and its number of classes."""
+    shape = dims(next(iter(seeds))) if ("loss", "0") in sums else None
+    return {"initial_loss": float(sums["loss", "0"]), "classes": float(shape[-1])} if shape else {}
+
+
 def _slopes(name: str, sums: Mapping[tuple[str, str], np.ndarray], taps: _Taps, chunks: int) -> dict[str, float]:
     slope = sums["slope", name] / chunks
     return {
@@ -590,6 +632,7 @@ def _slopes(name: str, sums: Mapping[tuple[str, str], np.ndarray], taps: _Taps, 
         "saturated": float((sums["saturated", name] / chunks).mean()),
         "flat": float((sums["flat", name] / chunks).mean()),
         "dead": float((slope == 0).mean()),
+        "samples_per_unit": taps.samples[name] * chunks,
     }
 
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 import gradlint.ops  # noqa: F401  (fills BLOCKED)
+from gradlint.anatomy import Anatomy
 from gradlint.attention_facts import Attention
 from gradlint.fact_table import Fact, Subject
 from gradlint.graph import MOVES, WeightUse, constant_array, is_float, op, trainable
 from gradlint.patterns import array_behind, onward, rescaled
 from gradlint.structure import KERNEL_OPS, Bypasses
 from gradlint.transfer import BLOCKED
-
-if TYPE_CHECKING:
-    from gradlint.facts import Anatomy
 
 _NORMS = frozenset({"BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization",
                     "RMSNormalization"})  # fmt: skip

@@ -9,20 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from gradlint.anatomy import Anatomy
 from gradlint.fact_table import Fact, Subject
 from gradlint.graph import attribute, constant_array, dims, is_float, module, op, source
 from gradlint.ops.linear import operator_norm
 from gradlint.patterns import compositions, normalisations
 from gradlint.results import Evidence
 from gradlint.structure import next_activation
-
-if TYPE_CHECKING:
-    from gradlint.facts import Anatomy
 
 CELLS = ("RNN", "LSTM", "GRU")
 _SLOPES = {"Tanh": 1.0, "Relu": 1.0, "Sigmoid": 0.25, "HardSigmoid": 0.2, "Softsign": 1.0, "Softplus": 1.0}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from gradlint.anatomy import Anatomy
 from gradlint.attention_facts import attention_subjects, attentions
 from gradlint.estimate import Estimate, context
 from gradlint.fact_table import Fact, Subject
@@ -22,9 +22,6 @@ from gradlint.results import Evidence
 from gradlint.structure import KERNEL_OPS, Following, bypasses, next_activation, structure
 from gradlint.transfer import Context
 from gradlint.weight_facts import norm_facts, role, trained_share, weight_facts
-
-if TYPE_CHECKING:
-    from gradlint.facts import Anatomy
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,7 @@ def _residual_subjects(
     order = {n: k for k, n in enumerate(parts.graph)}
     own = [n for n in layers if "residual_index" in layers[n] and n not in parts.layers]
     spreads = {
-        n: row["output_std"] ** 2
+        n: row["output_std"] * row["output_std"]
         for n in own
         if "output_std" in (row := measured.get(str(n.outputs[0].name), {})) and np.isfinite(row["output_std"])
     }

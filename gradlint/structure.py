@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from gradlint.anatomy import Anatomy
 from gradlint.constants import varying
 from gradlint.estimate import Estimate
 from gradlint.fact_table import Fact
@@ -21,9 +21,6 @@ from gradlint.patterns import (
     onward,
 )
 from gradlint.transfer import ELEMENTWISE, derivative
-
-if TYPE_CHECKING:
-    from gradlint.facts import Anatomy
 
 _JOINS = frozenset(
     {"Add", "Sum", "Concat", "com.microsoft:SkipLayerNormalization", "com.microsoft:SkipSimplifiedLayerNormalization"}
@@ -254,7 +251,7 @@ def _variance(estimate: Estimate, value: ir.Value) -> float | None:
     x = estimate.moments.get(value)
     if x is None:
         return None
-    return max(0.0, float(x.second.mean()) - float(x.mean.mean()) ** 2)
+    return x.std * x.std
 
 
 # -- neighbours --------------------------------------------------------------------------------------------------------

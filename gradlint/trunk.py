@@ -17,32 +17,36 @@ Figures = Mapping[ir.Value, float]
 TINY = 1e-300
 
 
-def crossing(graph: ir.Graph, figures: Figures) -> dict[ir.Node, float]:
-    """For the cut behind each node: the largest figure of the values that cross it.
-
-    A value crosses every cut from its producer up to the node before its last consumer; outputs cross all later cuts'
-    ends. Values without a figure don't count; a cut that none crosses takes the figure of the cut before.
-    """
-    order = {node: k for k, node in enumerate(graph)}
-    starts: list[list[tuple[int, float]]] = [[] for _ in order]
-    for node, k in order.items():
-        for output in node.outputs:
-            figure = figures.get(output)
-            if figure is None:
-                continue
-            uses = [order[u.node] for u in output.uses() if u.node in order]
-            last = max(uses, default=k + 1)
-            starts[k].append((max(last, k + 1), figure))
-    found: dict[ir.Node, float] = {}
-    live: list[tuple[int, float]] = []
-    previous: float | None = None
-    for node, k in order.items():
-        live = [(end, f) for end, f in live if end > k] + starts[k]
-        if live:
-            previous = max(f for _, f in live)
-        if previous is not None:
-            found[node] = previous
+def levels(graph: ir.Graph) -> dict[ir.Node, int]:
+    """How deep each node lies: nodes on the longest path to it (the order of the nodes in the file has no part in it)."""
+    found: dict[ir.Node, int] = {}
+    for node in graph:
+        found[node] = 1 + max((found[p] for p in node.predecessors() if p in found), default=-1)
     return found
+
+
+def crossing(graph: ir.Graph, figures: Figures) -> dict[ir.Node, float]:
+    """For the cut behind each node's level: the largest figure of the values that cross it.
+
+    A value crosses every cut from its producer's level up to the one before its deepest consumer. Values without a
+    figure don't count; a cut that none crosses takes the figure of the cut before.
+    """
+    level = levels(graph)
+    starts: dict[int, list[tuple[int, float]]] = {}
+    for node, k in level.items():
+        for output in node.outputs:
+            if (figure := figures.get(output)) is not None:
+                last = max((level[u.node] for u in output.uses() if u.node in level), default=k + 1)
+                starts.setdefault(k, []).append((last, figure))
+    at: dict[int, float] = {}
+    live: list[tuple[int, float]] = []
+    for k in range(1 + max(level.values(), default=-1)):
+        live = [(end, f) for end, f in live if end > k] + starts.get(k, [])
+        if live:
+            at[k] = max(f for _, f in live)
+        elif k - 1 in at:
+            at[k] = at[k - 1]
+    return {node: at[k] for node, k in level.items() if k in at}
 
 
 def blame(
@@ -146,11 +150,8 @@ def _largest(vector: np.ndarray, order: Sequence[ir.Node], limit: int) -> tuple[
 
 def depths(graph: ir.Graph) -> Callable[[ir.Node], float]:
     """A node's depth in [0, 1]: longest path to it over the longest path through it."""
-    order = list(graph)
-    before: dict[ir.Node, int] = {}
+    before = levels(graph)
     after: dict[ir.Node, int] = {}
-    for node in order:
-        before[node] = 1 + max((before[p] for p in node.predecessors() if p in before), default=-1)
-    for node in reversed(order):
+    for node in reversed(list(graph)):
         after[node] = 1 + max((after[s] for s in node.successors() if s in after), default=-1)
     return lambda node: before.get(node, 0) / max(1, before.get(node, 0) + after.get(node, 0))

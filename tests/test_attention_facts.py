@@ -11,13 +11,13 @@ import pytest
 from builders import mlp, transformer
 from onnx import helper, numpy_helper
 
+from gradlint.anatomy import anatomy
 from gradlint.attention_facts import attention_subjects, attentions
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
 from gradlint.constants import evaluator, varying
 from gradlint.estimate import estimate
 from gradlint.fact_table import FACTS, Subject
-from gradlint.facts import anatomy
 from gradlint.load import from_proto
 from gradlint.structure import bypasses
 

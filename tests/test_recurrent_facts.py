@@ -11,11 +11,11 @@ import pytest
 from builders import rnn
 from onnx import TensorProto, helper, numpy_helper
 
+from gradlint.anatomy import Anatomy, anatomy
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
 from gradlint.constants import evaluator, varying
 from gradlint.fact_table import FACTS, Subject
-from gradlint.facts import Anatomy, anatomy
 from gradlint.load import from_proto
 from gradlint.recurrent_facts import recurrent_subjects, spectral_radius, time_decades, unknown_lengths, unrolled
 

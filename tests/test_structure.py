@@ -10,12 +10,12 @@ import onnx_ir as ir
 import pytest
 from builders import cnn, mlp, transformer
 
+from gradlint.anatomy import Anatomy, anatomy
 from gradlint.attention_facts import attentions
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
 from gradlint.estimate import estimate
 from gradlint.fact_table import FACTS, Fact
-from gradlint.facts import Anatomy, anatomy
 from gradlint.load import from_proto
 from gradlint.patterns import compositions, normalisations
 from gradlint.reach import blocked, disconnected_weights, reaching_layers, structural_zeros

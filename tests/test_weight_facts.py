@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from gradlint.anatomy import Anatomy, anatomy
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
 from gradlint.fact_table import FACTS
-from gradlint.facts import Anatomy, anatomy
 from gradlint.init_fit import Fit, best_fit, looks_drawn, p_value
 from gradlint.load import from_proto, read
 from gradlint.stage import guess_stage

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from gradlint.backward import Backward, Unsupported
 from gradlint.domain import Array, Moments, Range
 from gradlint.graph import attribute, dims
-from gradlint.transfer import Context, blocks, row
+from gradlint.transfer import BLOCKED, Context, blocks, row
 
 blocks(
     "QuantizeLinear",
-    "DequantizeLinear",
     "DynamicQuantizeLinear",
     "MatMulInteger",
     "ConvInteger",
@@ -84,5 +84,43 @@ def dynamic_quantize_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments |
     return None, Moments.constant(np.asarray(scale)), None
 
 
-row("DequantizeLinear", moments=dequantize_moments, range=dequantize_range)
+def dequantize_vjp(b: Backward, node: ir.Node, gs: Sequence[ir.Value | None]) -> Sequence[ir.Value | None]:
+    """dscale = sum of g (x - zero point) over what each scale serves; integers have no gradient."""
+    scale, g = node.inputs[1], gs[0]
+    none = (None,) * (len(node.inputs) - 2)
+    if not b.wanted(scale) or g is None:
+        return None, None, *none
+    assert scale is not None
+    shape, scales = dims(node.inputs[0]), dims(scale)
+    if shape is None or scales is None:
+        raise Unsupported("shapes not known")
+    axis, block = attribute(node, "axis", 1) % max(1, len(shape)), attribute(node, "block_size", 0)
+    one = b.op("Expand", b.scalar(1.0, scale), b.shape(scale))
+    settings = {"axis": axis, "block_size": block} if scales else {}
+    steps = b.op("DequantizeLinear", node.inputs[0], one, *node.inputs[2:], dtype=scale.dtype, **settings)
+    p = b.op("Mul", g, steps)
+    if block:
+        count = scales[axis]
+        whole = count * block - shape[axis]  # the last block may be short
+        if whole:
+            p = b.op("Pad", p, b.constant([0, whole]), None, b.constant([axis]))
+        p = b.op("Reshape", p, b.constant([*shape[:axis], count, block, *shape[axis + 1 :]]))
+        return None, b.sum_over(p, [axis + 1]), *none
+    rest = [k for k in range(len(shape)) if not scales or k != axis]
+    return None, b.op("Reshape", b.sum_over(p, rest), b.shape(scale)), *none
+
+
+def _nothing(*args: object) -> tuple[None, None]:
+    return None, None
+
+
+BLOCKED.add("DequantizeLinear")  # its integers have no gradient
+row(
+    "DequantizeLinear",
+    moments=dequantize_moments,
+    range=dequantize_range,
+    pullback=_nothing,
+    bound=_nothing,
+    vjp=dequantize_vjp,
+)
 row("DynamicQuantizeLinear", moments=dynamic_quantize_moments)

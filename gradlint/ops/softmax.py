@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
-from gradlint.graph import attribute, dims, op
+from gradlint.graph import attribute, constant_array, dims, op
 from gradlint.ops.attention_products import keys_seen, weighs
 from gradlint.ops.softmax_weights import Weights, weights
 from gradlint.transfer import Context, blocks, row
@@ -173,7 +173,7 @@ def _ratio(a: Array, b: Array) -> Array:
 
 def softmax_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     """dz = y (g - sum g y)."""
-    y, g = node.outputs[0], gs[0]
+    y, g = _without_nan(node), gs[0]
     assert g is not None
     pair = _attention_product(node, g)
     if pair is not None:
@@ -181,6 +181,26 @@ def softmax_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     else:
         mean = b.op("ReduceSum", b.op("Mul", g, y), b.constant([attribute(node, "axis", -1)]), keepdims=1)
     return (b.op("Mul", y, b.op("Sub", g, mean)),)
+
+
+def _without_nan(node: ir.Node) -> ir.Value:
+    """y, or the 0 that a Where puts in place of a row whose logits are all -inf (NaN; no gradient reaches it)."""
+    y, axis = node.outputs[0], attribute(node, "axis", -1)
+    for use in y.uses():
+        condition, masked, _ = use.node.inputs if op(use.node) == "Where" else (None, None, None)
+        zero = constant_array(masked)
+        if use.idx != 2 or condition is None or zero is None or zero.any():
+            continue
+        test, rank = condition.producer(), len(y.shape) if y.shape is not None else 0
+        whole = condition.shape is not None and rank and _one_along(condition.shape, axis % rank - rank)
+        if whole or (test is not None and op(test) == "IsNaN" and test.inputs[0] is y):
+            return use.node.outputs[0]
+    return y
+
+
+def _one_along(shape: ir.Shape, axis: int) -> bool:
+    """Is an axis, counted from the end, of size 1 or missing?"""
+    return len(shape) < -axis or shape[axis] == 1
 
 
 def _attention_product(node: ir.Node, g: ir.Value) -> tuple[ir.Value, ir.Value] | None:

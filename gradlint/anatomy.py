@@ -1,0 +1,29 @@
+"""What a canonical graph is made of, for everyone who asks about its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from gradlint.graph import ACTIVATIONS, WeightUse, is_float, op, weight_uses
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What the graph is made of: weight uses, layers in graph order, activations among them."""
+
+    graph: ir.Graph
+    uses: tuple[WeightUse, ...]
+    layers: tuple[ir.Node, ...]
+    activations: tuple[ir.Node, ...]
+    weighted: frozenset[ir.Node]
+
+
+def anatomy(graph: ir.Graph) -> Anatomy:
+    """Layers are the main graph's nodes with weights, and its activations on values that vary."""
+    uses = tuple(u for u in weight_uses(graph))
+    weighted = frozenset(u.layer for u in uses)
+    activations = tuple(n for n in graph if op(n) in ACTIVATIONS and is_float(n.inputs[0]) and n not in weighted)
+    layers = tuple(n for n in graph if n in weighted or n in activations)
+    return Anatomy(graph, uses, layers, activations, weighted)

@@ -1,0 +1,121 @@
+"""The flow of gradient and signal along the trunk, per kind of evidence: what the rules on chains look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.anatomy import Anatomy
+from gradlint.derived_facts import on_trunk
+from gradlint.estimate import Estimate
+from gradlint.graph import is_float
+from gradlint.probe import Probe
+from gradlint.results import Blame, Evidence
+from gradlint.trunk import blame, crossing, levels
+
+_Curve = Mapping[ir.Node, float]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Trunk gradient (decades against its largest nearer the outputs, and against the last layer) and signal at every
+    cut.
+    """
+
+    decades: Mapping[Evidence, _Curve]
+    growth: Mapping[Evidence, _Curve]
+    signal: Mapping[Evidence, _Curve]
+    blames: Mapping[ir.Value, tuple[Blame, ...]]
+    layers: tuple[ir.Node, ...]
+    trunk: frozenset[ir.Node]
+
+    @staticmethod
+    def of(parts: Anatomy, estimate: Estimate, measured: Probe | None) -> Flow:
+        graph = parts.graph
+        values = {str(o.name): o for n in graph for o in n.outputs}
+        names = {o for n in graph for o in n.outputs if o in estimate.varies}
+        norms: dict[Evidence, dict[ir.Value, float]] = {
+            "estimated": {v: g for v in names if (g := estimate.grad_norm(v)) is not None}
+        }
+        signals: dict[Evidence, dict[ir.Value, float]] = {
+            "estimated": {v: s for v in names if (s := estimated_signal(estimate, v)) is not None}
+        }
+        if measured is not None:
+            rows = {
+                values[n]: row for n, row in measured.values.items() if n in values and values[n] in estimate.varies
+            }
+            norms["measured"] = {v: row["grad_norm"] for v, row in rows.items() if "grad_norm" in row}
+            signals["measured"] = {v: row["signal"] for v, row in rows.items() if "signal" in row}
+        falls: dict[Evidence, dict[ir.Node, float]] = {}
+        growth: dict[Evidence, _Curve] = {}
+        stem = _before_head(parts)
+        cotangents: dict[Evidence, float] = {"estimated": cotangent_norm(graph, estimate)}
+        if measured is not None:
+            cotangents["measured"] = measured.cotangent
+        for kind, figures in norms.items():
+            curve = crossing(graph, figures)
+            shown = {n: curve[n] for n in stem if n in curve}
+            last = next((g for g in shown.values() if g), 0.0)
+            last = max(last, cotangents[kind])
+            growth[kind] = {n: decades(g, last) for n, g in shown.items()}
+            falls[kind] = {}
+            top = 0.0
+            for node, figure in shown.items():  # against the largest between here and the outputs
+                top = max(top, figure)
+                falls[kind][node] = decades(figure, top)
+        best: Evidence = "measured" if norms.get("measured") else "estimated"
+        targets = [n.outputs[0] for n in parts.layers]
+        blames = blame(graph, norms[best], estimate.edges, cotangents[best], targets)
+        signal = {kind: crossing(graph, figures) for kind, figures in signals.items()}
+        return Flow(falls, growth, signal, blames, parts.layers, on_trunk(parts, norms[best]))
+
+    def blame_of(self, node: ir.Node) -> tuple[Blame, ...]:
+        return self.blames.get(node.outputs[0], ())
+
+    def at(self, node: ir.Node, kind: Evidence) -> dict[str, float]:
+        curves = {"trunk_decades": self.decades, "trunk_growth": self.growth, "trunk_signal": self.signal}
+        return {name: curve[kind][node] for name, curve in curves.items() if node in curve.get(kind, {})}
+
+    def model_facts(self) -> dict[Evidence, dict[str, float]]:
+        found: dict[Evidence, dict[str, float]] = {"estimated": {}, "measured": {}}
+        for kind in self.decades:
+            if self.decades[kind]:
+                found[kind]["trunk_min_decades"] = min(self.decades[kind].values())
+                found[kind]["trunk_max_decades"] = max(self.growth[kind].values())
+        return found
+
+
+def _before_head(parts: Anatomy) -> list[ir.Node]:
+    """The layers up to the deepest one with weights, deepest first: a head's Softmax is no matter of the trunk.
+
+    Layers at the same depth count alike, whatever their order in the file.
+    """
+    level = levels(parts.graph)
+    end = max((level[n] for n in parts.layers if n in parts.weighted), default=-1)
+    return sorted((n for n in parts.layers if level[n] <= end), key=lambda n: -level[n])
+
+
+def decades(figure: float, reference: float) -> float:
+    if not math.isfinite(figure):
+        return math.inf
+    if figure <= 0 or reference <= 0:
+        return -math.inf if reference > 0 else 0.0
+    return math.log10(figure) - math.log10(reference) if math.isfinite(reference) else -math.inf
+
+
+def cotangent_norm(graph: ir.Graph, estimate: Estimate) -> float:
+    """Norm of standard normal targets over all float outputs, per example."""
+    return math.sqrt(sum(estimate.elements(o) for o in dict.fromkeys(graph.outputs) if is_float(o)) or 1.0)
+
+
+def estimated_signal(estimate: Estimate, value: ir.Value) -> float | None:
+    """Standard deviation over examples / RMS."""
+    x = estimate.moments.get(value)
+    if x is None:
+        return None
+    second = float(np.mean(x.second))
+    return math.sqrt(max(0.0, float(np.mean(x.shared + x.local))) / second) if second > 0 else 0.0

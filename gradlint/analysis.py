@@ -117,7 +117,8 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     data = _given(graph, options)
     settings = {str(v.name): setting(v, options.seed, _value(v, options, data)) for v in deciding_inputs(graph)}
     inputs = list(graph.inputs)
-    shapes = {**({n: a.shape for n, a in data.inputs.items() if n not in settings} if data else {}), **options.shapes}
+    given = {n: _sizes(v, data.inputs[n]) for v in graph.inputs if data and (n := str(v.name)) in data.inputs}
+    shapes = {**{n: s for n, s in given.items() if n not in settings}, **options.shapes}
     bound = Dims(options.batch, options.dims, shapes, settings, passed_over)
     lengths = unknown_lengths(graph, frozenset({*options.dims, *shapes}))
     disconnected = tuple(disconnected_subjects(graph))
@@ -135,6 +136,12 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     times = (loaded - began, estimated - loaded)
     before = (lengths, disconnected)
     return _Examined(source, described, tuple(assumed), parts, guess, proof, probed, origin, rejected, *times, *before)
+
+
+def _sizes(value: ir.Value, array: np.ndarray) -> tuple[int, ...]:
+    """The data's sizes where the model leaves them open; a fixed batch stays (longer data runs in parts)."""
+    own = list(value.shape) if value.shape is not None else list(array.shape)
+    return tuple(d if isinstance(d, int) and d > 0 else n for d, n in zip(own, array.shape, strict=True))
 
 
 def _value(value: ir.Value, options: Options, data: Data | None) -> float | None:
@@ -280,6 +287,7 @@ def _model_facts(
         facts |= {"probe_skipped": True, "probe_skipped_reason": probed.reason, "probe_remedy": probed.remedy or None}
     elif probed is not None:
         cuts = Counter(c.op_type for c in probed.cuts)
+        facts |= probed.whole
         facts["cut_nodes"] = sum(cuts.values())
         facts["cut_ops"] = ", ".join(f"{name} ({n})" for name, n in sorted(cuts.items()))
     return facts

@@ -159,7 +159,7 @@ def attention_subjects(
     measured: Mapping[str, Mapping[str, float]],
     array: Callable[[ir.Value | None], np.ndarray | None],
 ) -> list[Subject]:
-    """One subject per attention. `measured`: the probe's figures by value name (`output_std` is read)."""
+    """One subject per attention. `measured`: the probe's figures by value name (those of the softmax are read)."""
     norms = normalisations(parts.graph)
     series = _series(parts.graph, {a.node for a in found}, around)
     order = {n: k for k, n in enumerate(parts.graph)}
@@ -176,14 +176,18 @@ def attention_subjects(
             "has_skip": node in around.bypassed,
         }
         evidence: dict[str, Evidence] = {}
+        row = measured.get(str(node.outputs[0].name), {})
         spreads: tuple[tuple[Evidence, float | None], ...] = (
             ("estimated", _estimated_spread(attention, estimate)),
-            ("measured", _measured_spread(attention, measured)),
+            ("measured", _measured_spread(attention, row)),
         )
         for kind, spread in spreads:
             if spread is not None:
                 facts[f"{kind}_logit_std"] = facts["logit_std"] = spread
                 evidence["logit_std"] = kind
+        if "max_probability" in row:
+            facts["measured_max_probability"] = facts["max_probability"] = row["max_probability"]
+            evidence["max_probability"] = "measured"
         subjects.append(Subject("attention", str(node.name), None, order[node], facts, evidence, (), source(node)))
     return subjects
 
@@ -251,9 +255,6 @@ def _estimated_spread(attention: Attention, estimate: Estimate) -> float | None:
     return None
 
 
-def _measured_spread(attention: Attention, measured: Mapping[str, Mapping[str, float]]) -> float | None:
-    for value, scale in attention.path:
-        spread = measured.get(str(value.name), {}).get("output_std")
-        if spread is not None and math.isfinite(spread):
-            return scale * spread
-    return None
+def _measured_spread(attention: Attention, row: Mapping[str, float]) -> float | None:
+    """Of the logits next to the softmax, times what they are still scaled with."""
+    return attention.path[0][1] * row["logit_std"] if attention.path and "logit_std" in row else None

@@ -168,9 +168,24 @@ def infer_shapes(model: ir.Model) -> bool:
         node.op_type = "GroupNormalization"
     for value, shape in declared:
         value.shape = value.shape or shape
+    if _guess_foreign(model):
+        return infer_shapes(model)
     return ok and all(
         all(not isinstance(d, int) or d >= 0 for d in o.shape)
         for n in model.graph
         for o in n.outputs
         if o.shape is not None
     )
+
+
+def _guess_foreign(model: ir.Model) -> bool:
+    """A custom operator without declared types is taken to keep type and shape of its first input; True if any was."""
+    guessed = False
+    for node in model.graph.all_nodes():
+        first = next((v for v in node.inputs if v is not None), None)
+        if node.domain in ("", "ai.onnx") or first is None or first.dtype is None:
+            continue
+        for output in node.outputs:
+            if output.dtype is None:
+                output.type, output.shape, guessed = first.type, first.shape, True
+    return guessed

@@ -7,6 +7,7 @@ along which the arrays have size 1 although the value has more are its *position
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

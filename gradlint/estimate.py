@@ -70,6 +70,7 @@ def context(graph: ir.Graph, *, batch: int, mode: str) -> Context:
     return Context(batch, mode, array, lambda v: v is not None and v in varies)
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what explodes overflows here as it would in training
 def estimate(
     graph: ir.Graph, *, batch: int, mode: str = "train", inputs: Mapping[str, Moments] | None = None
 ) -> Estimate:
@@ -213,6 +214,7 @@ def _back_through(ctx: Context, node: ir.Node, value: ir.Value | None, gs: list[
 # -- what can be proved ------------------------------------------------------------------------------------------------
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def prove(graph: ir.Graph, ranges: Mapping[str, Range], *, batch: int, mode: str) -> Proof:
     """Interval ranges forward, products of operator norms backward.
 

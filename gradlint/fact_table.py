@@ -107,13 +107,11 @@ _MODEL = _rows(
     ("probe_skipped_reason", "text", "why the probe did not run"),
     ("probe_remedy", "text", "what to give so that it runs"),
     ("zero_head", "yes/no", "the head's weights are all zero, and the judgement drew them at 0.01"),
-    ("worst_layer", "text", "the layer with the least trunk gradient"),
     ("trained_share", "share", "layers whose weights have left every standard initial distribution"),
-    ("eval_only_decades", "decades", "least trunk gradient in eval mode, where train mode is healthy"),
-    ("input_mean", "data units", "mean of the float inputs the probe ran on"),
-    ("input_std", "data units", "standard deviation of the float inputs the probe ran on"),
-    ("input_low", "data units", "least element of the float inputs the probe ran on"),
-    ("input_high", "data units", "largest element of the float inputs the probe ran on"),
+    ("data_mean", "data units", "mean of the float inputs the probe ran on (those that vary)"),
+    ("data_std", "data units", "standard deviation of the float inputs the probe ran on"),
+    ("data_low", "data units", "least element of the float inputs the probe ran on"),
+    ("data_high", "data units", "largest element of the float inputs the probe ran on"),
     ("classes", "count", "size of the logits' last axis under the cross-entropy loss"),
     ("initial_loss", "nats", "mean cross-entropy of the probe's batch"),
 ) + _evident(
@@ -121,8 +119,11 @@ _MODEL = _rows(
     "estimated measured",
     ("trunk_min_decades", "decades", "the least `trunk_decades` of all layers"),
     ("trunk_max_decades", "decades", "the largest `trunk_growth` of all layers"),
-    ("alignment", "0..1", "likeness between examples kept from the inputs to the last features (CKA)"),
     ("learning_spread", "decades", "log10 of largest to smallest grad_rms / weight_rms over trunk kernels"),
+) + _evident(
+    "all",
+    "measured",
+    ("alignment", "0..1", "likeness between examples kept from the inputs to the last features (CKA)"),
 )
 
 _PLACE = _rows(
@@ -186,7 +187,6 @@ _LAYER = (
         ("trunk_growth", "decades", "trunk gradient at this cut / that nearest the outputs; inf = not finite"),
         ("variance_ratio", "ratio", "variance of the output / of the first layer's output"),
         ("residual_growth", "ratio", "variance behind this residual addition / behind the first one"),
-        ("fp16_underflow", "share", "elements of the output's gradient that are under 2^-24 and not zero"),
     )
     + _evident(
         "layers",
@@ -219,7 +219,7 @@ _ACTIVATION = (
         ("slope", "slope", "E[f'(z)^2]^(1/2)"),
         ("saturated", "share", "units and examples with |f'| under 5 % of max |f'|"),
         ("input_std", "data units", "standard deviation of the input z"),
-        ("input_high", "data units", "what z reaches: mean + 4 standard deviations, or the largest measured"),
+        ("input_high", "data units", "what z reaches: mean + 4 standard deviations"),
     )
     + _evident(
         "activation",
@@ -253,11 +253,14 @@ _WEIGHT = _rows(
     "weight",
     "estimated measured",
     ("grad_rms", "per batch", "root mean square of the gradient of this weight"),
-    ("grad_mean_abs", "per batch", "mean |gradient| of this weight"),
-    ("grad_zero_share", "share", "elements whose gradient is exactly zero"),
     ("trunk_decades", "decades", "trunk gradient at the cut of this weight's layer / the trunk's largest"),
     ("update_ratio", "decades", "log10 of learning_rate * grad_rms / weight_rms"),
     ("fp16_underflow", "share", "elements of this weight's gradient that are under 2^-24 and not zero"),
+) + _evident(
+    "weight",
+    "measured",
+    ("grad_mean_abs", "per batch", "mean |gradient| of this weight"),
+    ("grad_zero_share", "share", "elements whose gradient is exactly zero"),
 )
 
 _RECURRENT = _rows(
@@ -289,6 +292,9 @@ _ATTENTION = _rows(
     "attention",
     "estimated measured",
     ("logit_std", "logit", "standard deviation of the attention logits over keys"),
+) + _evident(
+    "attention",
+    "measured",
     ("max_probability", "0..1", "mean over queries of the largest attention weight"),
 )
 

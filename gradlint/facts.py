@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gradlint.anatomy import Anatomy
+from gradlint.attention_facts import attentions
 from gradlint.derived_facts import (
     forward_scale,
     fp16_underflow,
@@ -38,15 +39,17 @@ from gradlint.graph import (
     op,
     source,
 )
-from gradlint.ops.activation import active_share, saturated_share
+from gradlint.ops.activation import LOST, active_share, lost_share, saturated_share
 from gradlint.options import Options
 from gradlint.probe import Probe, Request, Skipped, activation_figures
 from gradlint.results import Evidence, LayerRow, WeightRow
 from gradlint.static_facts import StaticFacts, static_facts
-from gradlint.transfer import ELEMENTWISE, spectrum
+from gradlint.structure import unit_axis
+from gradlint.transfer import ELEMENTWISE, spectrum, steepest
 from gradlint.trunk import depths
 
 _KINDS: tuple[Evidence, ...] = ("estimated", "measured")
+_REACH = 4.0  # standard deviations that an input reaches from its mean
 _ALIVE = 0.01  # a unit that is active less often is taken for dead
 EXPORT_LINE = "torch.onnx.export(model.train(), args, 'model.onnx', dynamo=True, optimize=False)"
 
@@ -61,22 +64,13 @@ def request(parts: Anatomy, estimate: Estimate) -> Request:
         if is_float(o) and (n in parts.layers or op(n) in ("Add", "Sum") or len(list(o.uses())) > 1)
     ]
     weights = list(dict.fromkeys(str(u.value.name) for u in parts.uses))
-    units = {str(n.name): _unit_axis(n.outputs[0], estimate) for n in parts.activations}
+    units = {str(n.name): unit_axis(n.outputs[0], estimate) for n in parts.activations}
     last = next((n for n in reversed(parts.layers) if n in parts.weighted), None)
     read = [v for v in (last.inputs if last is not None else ()) if v is not None and v in estimate.varies]
     features = str(read[0].name) if read else None
-    return Request(values, weights, [str(n.name) for n in parts.activations if op(n) in ELEMENTWISE], units, features)
-
-
-def _unit_axis(value: ir.Value, estimate: Estimate) -> int:
-    """The axis of channels or features: the one the moments resolve, else 1 of four axes and the last of fewer."""
-    rank = len(value.shape or ())
-    found = estimate.moments.get(value)
-    if found is not None:
-        resolved = [a for a, n in enumerate(found.mean.shape) if n > 1]
-        if len(resolved) == 1:
-            return resolved[0]
-    return 1 if rank >= 4 else max(0, rank - 1)
+    softmax = {str(a.node.outputs[0].name): str(a.path[0][0].name) for a in attentions(graph) if a.path}
+    curves = [str(n.name) for n in parts.activations if op(n) in ELEMENTWISE]
+    return Request(values, weights, curves, units, features, softmax)
 
 
 @dataclass(frozen=True)
@@ -107,6 +101,7 @@ class _Known:
             self.evidence[name] = kind
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def gather(
     parts: Anatomy,
     estimate: Estimate,
@@ -139,7 +134,7 @@ def gather(
         known = _Known()
         for kind in ("proved", "estimated", "measured"):
             known.add(kind, figures[kind])
-        known.facts |= _place(node, parts, depth(node), index, node in folded) | static.layers[node]
+        known.facts |= _place(node, parts, estimate, depth(node), index, node in folded) | static.layers[node]
         known.facts["on_trunk"] = node in flow.trunk
         scope: Scope = "activation" if node in parts.activations else "layer"
         subjects.append(
@@ -215,7 +210,7 @@ def _layer_figures(
             if known and row["grad_norm"] > 0:
                 row["gain"] = decades(math.sqrt(sum(g * g for g in known)), row["grad_norm"])
         if node in parts.activations:
-            row |= activation_figures(measured, str(node.name))
+            row |= {**activation_figures(measured, str(node.name)), **_measured_input(node, measured)}
         row |= flow.at(node, "measured")
         found["measured"] = row
         if "grad_norm" in row and not math.isfinite(row["grad_norm"]):
@@ -235,10 +230,19 @@ def _estimated_slopes(node: ir.Node, estimate: Estimate) -> dict[str, Any]:
         "slope": math.sqrt(float(np.mean(slope))),
         "saturated": float(np.mean(saturated_share(op(node), node, z))),
         "flat": float(np.mean(1 - active)),
+        "fully_saturated": float(np.mean(lost_share(op(node), node, z))),
         "dead": float(np.mean(active < _ALIVE)),
         "input_std": spread,
-        "input_high": mean + 4 * spread,
+        "input_high": mean + _REACH * spread,
     }
+
+
+def _measured_input(node: ir.Node, measured: Probe) -> dict[str, float]:
+    """Spread of an activation's input, where a layer's output (which the probe measures) is read as it is."""
+    row = measured.values.get(str(node.inputs[0].name), {}) if node.inputs[0] is not None else {}
+    if "output_std" not in row or "output_mean" not in row:
+        return {}
+    return {"input_std": row["output_std"], "input_high": row["output_mean"] + _REACH * row["output_std"]}
 
 
 def _some_units(z: Moments) -> Moments:
@@ -261,6 +265,9 @@ def _proved(node: ir.Node, proof: Proof, cotangent: float) -> dict[str, Any]:
         found["dead"] = float(np.mean(z.hi <= 0))
     if z is not None and op(node) in ACTIVATIONS:
         found |= {"input_low": float(z.lo.min()), "input_high": float(z.hi.max())}
+    slopes = None if z is None or op(node) not in ELEMENTWISE else steepest(ELEMENTWISE[op(node)], node, z.lo, z.hi)
+    if slopes is not None:
+        found |= {"flat": float(np.mean(slopes == 0)), "fully_saturated": float(np.mean(slopes < LOST))}
     return found
 
 
@@ -331,7 +338,9 @@ def _layer_inputs(parts: Anatomy) -> dict[ir.Node, tuple[str, ...]]:
     return found
 
 
-def _place(node: ir.Node, parts: Anatomy, depth: float, index: int, folded: bool) -> dict[str, Fact]:
+def _place(
+    node: ir.Node, parts: Anatomy, estimate: Estimate, depth: float, index: int, folded: bool
+) -> dict[str, Fact]:
     shape = dims(node.outputs[0]) or ()
     return {
         "op_type": op(node),
@@ -343,7 +352,7 @@ def _place(node: ir.Node, parts: Anatomy, depth: float, index: int, folded: bool
         if node in parts.activations
         else not _layers_behind(node, parts.weighted),
         "folded_norm": folded,
-        "width": shape[1] if len(shape) >= 4 else (shape[-1] if shape else None),
+        "width": shape[unit_axis(node.outputs[0], estimate)] if shape else None,
     }
 
 
@@ -386,9 +395,9 @@ def _weights(
         known.add(
             "measured", {k: v for k, v in got.items() if k != "zero_share"} | {"grad_zero_share": got.get("zero_share")}
         )
-        known.add("estimated", {"fp16_underflow": fp16_underflow(estimate.grad_rms(value))})
-        for kind in _KINDS:
-            known.add(kind, {"update_ratio": update_ratio(known.facts, kind, options.lr)})
+        for kind, rms_of in zip(_KINDS, (estimated, got), strict=True):
+            lost = fp16_underflow(rms_of.get("grad_rms"))
+            known.add(kind, {"fp16_underflow": lost, "update_ratio": update_ratio(known.facts, kind, options.lr)})
         subjects.append(
             Subject(
                 "weight",

@@ -22,7 +22,7 @@ from gradlint.backward import Backward
 from gradlint.data import Arrays, Data, labels, linear_targets
 from gradlint.exceptions import DataError
 from gradlint.graph import FLOATS, dims, is_float, op
-from gradlint.ops.activation import FLAT
+from gradlint.ops.activation import FLAT, LOST
 from gradlint.ops.batch_normalization import to_train_mode
 from gradlint.options import Loss
 from gradlint.reverse import Cut, backward
@@ -33,7 +33,6 @@ _SCALES = (0, 60, 100, -60)  # powers of two the cotangent is tried with
 _SAFE = (1e-24, 1e30)  # sums of squares that float32 holds with full precision
 _SAMPLE = 1 << 16  # elements that shares of an activation or a weight are counted on
 _SMALL = 1 << 12  # elements of a gradient that three reductions would cost more than it does
-_ZERO = 1e-7  # a slope under this is as good as none
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Probe:
     values: by value name: mean, std, signal, grad_rms, grad_norm, and of activations slope, saturated, dead, ..;
     weights: by initializer name: grad_rms, grad_mean_abs, zero_share; steps: |dL/dh_t| per time step by node name;
     cotangent: norm of the loss's gradient at the outputs, RMS over examples; alignment: of the last features with the
-    inputs (`gradlint.alignment`); whole: input_mean, input_std, input_low, input_high over the float inputs; classes
+    inputs (`gradlint.alignment`); whole: data_mean, data_std, data_low, data_high over the float inputs; classes
     and initial_loss under cross-entropy.
     """
 
@@ -73,7 +72,8 @@ class Probe:
 class Request:
     """What to measure: values by name, weights by initializer name, activation nodes by name.
 
-    units: the axis of units by activation name; features: the value the last layer reads.
+    units: the axis of units by activation name; features: the value the last layer reads; attentions: the softmax's
+    output by name, and its logits before masks.
     """
 
     values: Sequence[str]
@@ -81,6 +81,7 @@ class Request:
     activations: Sequence[str]
     units: Mapping[str, int] = field(default_factory=dict)
     features: str | None = None
+    attentions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -148,6 +149,9 @@ def probe(
         if kind == "hidden":
             axes = list(range(1, len(value.shape) if value.shape is not None else 4))  # (T, D, B, H)
             taps.add("steps", str(node.name), b.op("ReduceSumSquare", value, b.constant(axes), keepdims=0))
+    for name, logits in request.attentions.items():
+        if name in values and logits in values:
+            _tap_attention(taps, name, values[name], values[logits])
     if request.features in values and chunks == 1:
         _tap_gram(taps, values[request.features], batch)
     for k, value in enumerate(losses):
@@ -336,6 +340,15 @@ def _tap_value(taps: _Taps, name: str, value: ir.Value, g: ir.Value | None, batc
     taps.add("common", name, b.op("ReduceSumSquare", average, keepdims=0))
 
 
+def _tap_attention(taps: _Taps, name: str, weights: ir.Value, logits: ir.Value) -> None:
+    """Per query the largest weight, and the mean and mean square of the logits over keys; averaged over queries."""
+    b, last = taps.b, taps.b.constant([-1])
+    taps.add("peak", name, b.op("ReduceMean", b.op("ReduceMax", weights, last, keepdims=0), keepdims=0))
+    center = b.op("ReduceMean", logits, last, keepdims=0)
+    taps.add("center", name, b.op("ReduceMean", b.op("Mul", center, center), keepdims=0))
+    taps.add("logits", name, b.op("ReduceMean", b.op("Mul", logits, logits), keepdims=0))
+
+
 def _tap_gram(taps: _Taps, value: ir.Value, batch: int) -> None:
     """Inner products of the examples' values, (B, B)."""
     b, shape = taps.b, dims(value)
@@ -394,7 +407,7 @@ def _tap_activation(taps: _Taps, name: str, node: ir.Node, unit_axis: int) -> No
     axes = b.constant([a for a in range(len(shape)) if a != axis])
     taps.add("slope", name, b.op("ReduceMean", b.op("Mul", slopes, slopes), axes, keepdims=0))
     steepest = derivative(op(node), node)[2]
-    for kind, threshold in (("saturated", FLAT * (steepest or 0.0)), ("flat", _ZERO)):
+    for kind, threshold in (("saturated", FLAT * (steepest or 0.0)), ("flat", LOST)):
         low = b.op("Less", b.op("Abs", slopes), b.scalar(threshold, z), dtype=ir.DataType.BOOL)
         taps.add(kind, name, b.op("ReduceMean", b.op("Cast", low, dtype=ir.DataType.FLOAT, to=1), axes, keepdims=0))
 
@@ -577,6 +590,10 @@ def _statistics(
             rows.setdefault(name, {}).update(grad_norm=norm, grad_rms=norm / math.sqrt(max(1.0, each)))
         elif kind == "square":
             rows.setdefault(name, {}).update(_spread(name, sums, math.prod(dims(values[name]) or ()), batch, chunks))
+        elif kind == "peak":
+            between = float(sums["logits", name] - sums["center", name]) / chunks
+            spread = math.sqrt(max(0.0, between)) if math.isfinite(between) else math.inf
+            rows.setdefault(name, {}).update(max_probability=float(total) / chunks, logit_std=spread)
         elif kind == "slope":
             rows.setdefault(name + _ACTIVATION, {}).update(_slopes(name, sums, taps, chunks))
         elif kind in ("wgrad", "whole"):
@@ -616,7 +633,7 @@ def _input_figures(inputs: Arrays) -> dict[str, float]:
         return {}
     x = np.concatenate(floats)
     found = {"mean": x.mean(), "std": x.std(), "low": x.min(), "high": x.max()}
-    return {f"input_{name}": float(figure) for name, figure in found.items()}
+    return {f"data_{name}": float(figure) for name, figure in found.items()}
 
 
 def _initial_loss(sums: Mapping[tuple[str, str], np.ndarray], seeds: Mapping[ir.Value, ir.Value]) -> dict[str, float]:
@@ -627,10 +644,12 @@ def _initial_loss(sums: Mapping[tuple[str, str], np.ndarray], seeds: Mapping[ir.
 
 def _slopes(name: str, sums: Mapping[tuple[str, str], np.ndarray], taps: _Taps, chunks: int) -> dict[str, float]:
     slope = sums["slope", name] / chunks
+    flat = float((sums["flat", name] / chunks).mean())
     return {
         "slope": math.sqrt(float(slope.mean())),
         "saturated": float((sums["saturated", name] / chunks).mean()),
-        "flat": float((sums["flat", name] / chunks).mean()),
+        "flat": flat,
+        "fully_saturated": flat,
         "dead": float((slope == 0).mean()),
         "samples_per_unit": taps.samples[name] * chunks,
     }

@@ -39,9 +39,13 @@ class ConvTranspose(OpRun):
         rows = list(zip(x.shape[2:], kernel, strides, dilations, extra, strict=True))
         full = [s * (n - 1) + d * (k - 1) + 1 + e for n, k, s, d, e in rows]
         begin, end = pads[:rank], pads[rank:]
+        if auto_pad in ("SAME_UPPER", "SAME_LOWER") and not output_shape:
+            output_shape = [n * s for n, s in zip(x.shape[2:], strides, strict=True)]
         if output_shape:
-            totals = [max(0, f - o) for f, o in zip(full, output_shape[-rank:], strict=True)]
-            begin, end = [t - t // 2 for t in totals], [t // 2 for t in totals]
+            totals = [f - o for f, o in zip(full, output_shape[-rank:], strict=True)]
+            full = [f - min(0, t) for f, t in zip(full, totals, strict=True)]
+            small, large = [max(0, t) // 2 for t in totals], [max(0, t) - max(0, t) // 2 for t in totals]
+            begin, end = (small, large) if auto_pad == "SAME_UPPER" else (large, small)
         y = np.zeros((x.shape[0], w.shape[1] * groups, *full), x.dtype)
         split = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
         kernels = w.reshape(groups, -1, *w.shape[1:])

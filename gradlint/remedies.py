@@ -123,7 +123,7 @@ def _probe_data(subject: Subject) -> dict[str, str]:
 
 
 def _input_scale(subject: Subject) -> dict[str, str]:
-    mean, std = _number(subject, "input_mean"), _number(subject, "input_std")
+    mean, std = _number(subject, "data_mean"), _number(subject, "data_std")
     return {"mean": "mean" if mean is None else f"{mean:.3g}", "std": "std" if not std else f"{std:.3g}"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -131,7 +132,7 @@ def structure(parts: Anatomy, estimate: Estimate, around: Bypasses) -> dict[ir.N
     graph = parts.graph
     composed, norms = compositions(graph), normalisations(graph)
     varies = varying(graph)
-    chains = _chains(parts, around, composed, norms)
+    chains = _chains(parts, estimate, around, composed, norms)
     found: dict[ir.Node, dict[str, Fact]] = {}
     residuals = [n for n in graph if n in around.joins and op(n) != "Concat"]
     for node in dict.fromkeys([*parts.layers, *residuals]):
@@ -154,7 +155,7 @@ def structure(parts: Anatomy, estimate: Estimate, around: Bypasses) -> dict[ir.N
 
 
 def _chains(
-    parts: Anatomy, around: Bypasses, composed: Mapping[ir.Node, Composition], norms: set[ir.Node]
+    parts: Anatomy, estimate: Estimate, around: Bypasses, composed: Mapping[ir.Node, Composition], norms: set[ir.Node]
 ) -> dict[ir.Node, _Chain]:
     """The longest chains that end at each node: maxima over its inputs, plus what the node itself adds."""
     at: dict[ir.Value, _Chain] = {}
@@ -172,7 +173,7 @@ def _chains(
                 layers=chain.layers + (node in parts.weighted and op(node) in KERNEL_OPS),
                 sigmoids=chain.sigmoids + (node in activations and _hidden_sigmoid(node, parts, composed)),
                 batchnorms=chain.batchnorms + (op(node) == "BatchNormalization" and _activated(node, composed)),
-                narrow=chain.narrow + (1 / _width(node) if op(node) == "Relu" else 0.0),
+                narrow=chain.narrow + (1 / _width(node, estimate) if op(node) == "Relu" else 0.0),
             )
         found[node] = chain
         for output in node.outputs:
@@ -227,15 +228,24 @@ def _is_post_norm(node: ir.Node, around: Bypasses) -> bool:
     return join in around.joins and op(join) != "Concat" and len({n for n, _ in onward(value)}) == 1  # type: ignore[arg-type]
 
 
-def _width(node: ir.Node) -> float:
-    """Units a layer's gradient is averaged over: features; for images channels times the pixels of a 3x3 window."""
+def _width(node: ir.Node, estimate: Estimate) -> float:
+    """Units a layer's gradient is averaged over: features; of images and sequences of channels, channels times the
+    positions of a window of 3."""
     shape = dims(node.outputs[0]) or (1,)
-    if len(shape) < 3:
-        return float(max(1, shape[-1]))
-    spatial = 1
-    for size in shape[2:]:
-        spatial *= min(3, max(1, size))
-    return float(max(1, shape[1]) * spatial) if len(shape) > 3 else float(max(1, shape[-1]))
+    axis = unit_axis(node.outputs[0], estimate)
+    window = math.prod(min(3, max(1, n)) for n in shape[2:]) if axis == 1 else 1
+    return float(max(1, shape[axis]) * window)
+
+
+def unit_axis(value: ir.Value, estimate: Estimate) -> int:
+    """The axis of channels or features: the one the moments resolve, else 1 of four axes and the last of fewer."""
+    rank = len(value.shape or ())
+    found = estimate.moments.get(value)
+    if found is not None:
+        resolved = [a for a, n in enumerate(found.mean.shape) if n > 1]
+        if len(resolved) == 1:
+            return resolved[0]
+    return 1 if rank >= 4 else max(0, rank - 1)
 
 
 def _residual_growth(

@@ -96,7 +96,8 @@ def mlp(
     half: bool = False,
     seed: int = 0,
 ) -> onnx.ModelProto:
-    """`depth` hidden layers `layers.i` (Gemm) and `act.i`, and a linear head; `kernels`: kinds of the first kernels."""
+    """`depth` hidden layers `layers.i` (Gemm) and `act.i`, and a linear head; `kernels`: kinds of the first kernels, the
+    head's behind those of the hidden layers."""
     graph, value, size = _Graph(seed), "x", inputs
     for i in range(depth):
         below = value
@@ -108,7 +109,8 @@ def mlp(
         if residual and i > 0:
             value = graph.node("Add", [below, value], f"add.{i}")
         size = width
-    value = graph.dense(value, "head", _kernel(graph, "normal", (outputs, size), 1.0))
+    last = kernels[depth] if depth < len(kernels) else "normal"
+    value = graph.dense(value, "head", _kernel(graph, last, (outputs, size), 1.0))
     if half:
         graph.dtype = TensorProto.FLOAT16
         graph.initializers = [

@@ -59,9 +59,10 @@ def test_large_queries_are_no_missing_scale() -> None:
 
 
 def test_measured_spread_is_scaled_and_stands_first() -> None:
-    (found,) = subjects(transformer(depth=1), {"attention.0.qk.out": {"output_std": 8.0}})
-    assert found.facts["logit_std"] == pytest.approx(8 / math.sqrt(32))
-    assert found.evidence["logit_std"] == "measured"
+    (found,) = subjects(transformer(depth=1), {"attention.0.softmax.out": {"logit_std": 8.0, "max_probability": 0.7}})
+    assert found.facts["logit_std"] == 8.0
+    assert found.facts["max_probability"] == 0.7
+    assert found.evidence == {"logit_std": "measured", "max_probability": "measured"}
 
 
 def test_scale_on_both_factors_and_a_mask() -> None:

@@ -123,7 +123,7 @@ def test_an_answer_never_depends_on_what_is_unknown(values: list[bool | None]) -
 def test_strongest_level_that_holds_wins() -> None:
     levels = [
         [finding.level for finding in judge(chain(decades), BOOK, select=CHAIN).findings]
-        for decades in (-1.0, -2.5, -3.5)
+        for decades in (-1.0, -2.7, -3.5)
     ]
     assert levels == [[], ["warning"], ["error"]]
 
@@ -143,7 +143,7 @@ def test_rule_is_about_the_subjects_its_where_admits() -> None:
 
 
 def test_consecutive_layers_share_a_finding_of_the_worst() -> None:
-    found = only(judge(chain(-4.0, -5.5, -2.5, -0.5), BOOK, select=CHAIN))
+    found = only(judge(chain(-4.0, -5.5, -2.7, -0.5), BOOK, select=CHAIN))
     assert (found.layer, found.level) == ("layers.1", "error")
     assert found.message.endswith("; and 2 more layers, layers.0 to layers.2")
     assert found.metrics == {"trunk_decades": -5.5, "layers": 3, "first": "layers.0", "last": "layers.2"}
@@ -203,9 +203,9 @@ def test_facts_of_the_model_are_known_everywhere() -> None:
 
 def test_findings_are_sorted_by_level_then_code_then_place() -> None:
     subjects = [
-        *chain(-2.5, -1.0, -4.0),
+        *chain(-2.7, -1.0, -4.0),
         Subject("model", facts={"folded_batchnorm": 1.0, "folded_layers": "conv", "probe_skipped": True}),
-        subject("activation", "tanh", 5, op_type="Tanh", saturated=0.6, fully_saturated=0.0),
+        subject("activation", "tanh", 5, op_type="Tanh", saturated=0.9, fully_saturated=0.0),
     ]
     found = [(finding.level, finding.code, finding.layer) for finding in judge(subjects, BOOK).findings]
     assert found == [
@@ -358,7 +358,7 @@ def test_what_is_there_already_is_no_fix() -> None:
 
 
 def test_fix_names_the_whole_span_of_a_group() -> None:
-    found = only(judge(chain(-4.0, -5.5, -2.5), BOOK, select=CHAIN))
+    found = only(judge(chain(-4.0, -5.5, -2.7), BOOK, select=CHAIN))
     assert found.fixes[0].text.startswith("Replace the activation at `layers.0` to `layers.2` by ReLU")
 
 

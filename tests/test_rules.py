@@ -248,7 +248,7 @@ def test_settings_change_levels_and_limits() -> None:
     book: Rulebook = configure(BOOK, {"GL201": {"level": "note", "limits": {"error": 5}}})
     rule = book.find("vanishing-gradient")
     assert rule.forced_level == "note"
-    assert rule.limits == {"warning": 2.0, "error": 5}
+    assert rule.limits == {"warning": 2.5, "error": 5}
     assert BOOK.find("GL201").forced_level is None
 
 

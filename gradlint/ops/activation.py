@@ -345,6 +345,7 @@ elementwise(
 # -- how much of a layer is flat ---------------------------------------------------------------------------------------
 
 FLAT = 0.05  # of the largest slope: below it a unit counts as saturated
+LOST = 1e-7  # a slope under this is as good as none
 
 
 def saturated_share(op: str, node: ir.Node, z: Moments) -> Array:
@@ -353,6 +354,11 @@ def saturated_share(op: str, node: ir.Node, z: Moments) -> Array:
     if top is None:
         return np.zeros(np.broadcast(z.mean, z.var).shape)
     return _share(op, node, z, lambda slope: np.abs(slope) < FLAT * top)
+
+
+def lost_share(op: str, node: ir.Node, z: Moments) -> Array:
+    """P(|f'(z)| < 1e-7) per unit, z ~ N(mean, var) the input's moments: in float32 the slope is gone."""
+    return _share(op, node, z, lambda slope: np.abs(slope) < LOST)
 
 
 def active_share(op: str, node: ir.Node, z: Moments) -> Array:

@@ -16,19 +16,22 @@ from gradlint.ops.arithmetic import MASKED, Values, arithmetic, moments_row, pul
 from gradlint.quadrature import above, density
 from gradlint.transfer import Context, row
 
+FAR = 1e100  # a mean beyond it is as good as infinite; its square is still a number
+
 # -- Max, Min ----------------------------------------------------------------------------------------------------------
 
 
 def _larger(a: Moments, b: Moments) -> tuple[Moments, Array]:
     """Moments of max(a, b), both normal and independent, and P(a > b) (Clark 1961).
 
-    The parts keep the share they have in the operand that is picked.
+    The parts keep the share they have in the operand that is picked. A constant may be infinite (no limit).
     """
+    u, v = (np.clip(x.mean, -FAR, FAR) for x in (a, b))
     spread = np.sqrt(np.maximum(a.var + b.var, 1e-300))
-    t = np.clip((a.mean - b.mean) / spread, -38.0, 38.0)
+    t = np.clip((u - v) / spread, -38.0, 38.0)
     p, phi = above(-t), density(t)
-    mean = a.mean * p + b.mean * (1 - p) + spread * phi
-    second = a.second * p + b.second * (1 - p) + (a.mean + b.mean) * spread * phi
+    mean = u * p + v * (1 - p) + spread * phi
+    second = (u**2 + a.var) * p + (v**2 + b.var) * (1 - p) + (u + v) * spread * phi
     var = np.maximum(second - mean**2, 0.0)
     whole = a.var * p**2 + b.var * (1 - p) ** 2
 

@@ -1,0 +1,151 @@
+"""The probe: what it measures, on which data, and what it says when it can't."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from builders import mlp, transformer
+from onnx import TensorProto, helper, numpy_helper
+
+import gradlint
+from gradlint.exceptions import DataError
+from gradlint.results import Report
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def fixed_batch(batch: int) -> onnx.ModelProto:
+    """x (batch, 4) -> Gemm -> Tanh -> Gemm, the batch fixed by the exporter."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((4, 5)), "v": rng.standard_normal((5, 3))}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["x", "w"], ["a"], name="first"),
+            helper.make_node("Tanh", ["a"], ["h"], name="act"),
+            helper.make_node("Gemm", ["h", "v"], ["y"], name="head"),
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 3])],
+        [numpy_helper.from_array(a.astype(np.float32), n) for n, a in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("loss", ["linear", "cross-entropy", "mse"])
+def test_a_batch_fixed_at_one_runs_example_by_example(loss: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    target = rng.integers(0, 3, 6) if loss == "cross-entropy" else rng.standard_normal((6, 3)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=rng.standard_normal((6, 4)).astype(np.float32), target=target)
+    one, whole = (gradlint.check(fixed_batch(n), data=tmp_path / "d.npz", loss=loss) for n in (1, 6))
+    for a, b in zip(one.weights, whole.weights, strict=True):
+        assert a.measured == pytest.approx(b.measured, rel=1e-5)
+    for a, b in zip(one.layers, whole.layers, strict=True):
+        assert a.measured["grad_norm"] == pytest.approx(b.measured["grad_norm"], rel=1e-5)
+    assert one.settings.batch == whole.settings.batch == 6
+
+
+def test_examples_that_do_not_fill_the_batch(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.ones((7, 4), np.float32))
+    with pytest.raises(DataError, match=r"axis 0 must be 6|must have shape"):
+        gradlint.check(fixed_batch(6), data=tmp_path / "d.npz")
+
+
+def test_a_loss_without_its_target(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.ones((6, 4), np.float32))
+    with pytest.raises(DataError, match="needs a target"):
+        gradlint.check(fixed_batch(6), data=tmp_path / "d.npz", loss="cross-entropy")
+
+
+def norms(report: Report) -> list[float]:
+    return [row.measured["grad_norm"] for row in report.layers]
+
+
+def test_norms_do_not_depend_on_the_batch_in_expectation() -> None:
+    few, many = (norms(gradlint.check(mlp(), batch=n)) for n in (64, 512))
+    np.testing.assert_allclose(few, many, rtol=0.2)
+
+
+def test_the_seed_draws_data_and_targets() -> None:
+    first, again, other = (norms(gradlint.check(mlp(), seed=s)) for s in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_a_weight_used_twice_has_the_sum_of_both_gradients() -> None:
+    report = gradlint.check(GOLDEN / "tied.onnx")
+    names = [w.name for w in report.weights if "embed" in str(w.parameter)]
+    rows = [w.measured["grad_rms"] for w in report.weights if w.name in names]
+    assert len(rows) == 2
+    assert rows[0] == rows[1]
+
+
+def test_a_custom_operator_skips_the_probe_and_keeps_the_report() -> None:
+    model = fixed_batch(4)
+    model.graph.node[1].domain = "my.company"
+    model.opset_import.append(helper.make_opsetid("my.company", 1))
+    report = gradlint.check(model)
+    assert [f.rule for f in report.findings if f.code == "GL902"] == ["probe-skipped"]
+    assert report.coverage.unmodelled == {"my.company:Tanh": 1}
+    assert all("grad_norm" in row.estimated for row in report.layers)
+
+
+def test_half_precision_models_run_in_single_precision() -> None:
+    plain, half = gradlint.check(mlp(seed=3)), gradlint.check(mlp(seed=3, half=True))
+    np.testing.assert_allclose(norms(plain), norms(half), rtol=0.02)
+
+
+def test_what_the_model_rejects_is_said_with_what_to_give() -> None:
+    """A reshape that fits only one size of the unknown axis."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Reshape", ["x", "shape"], ["r"]),
+            helper.make_node("MatMul", ["r", "w"], ["y"], name="fc"),
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, "T"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])],
+        [
+            numpy_helper.from_array(np.array([-1, 7], np.int64), "shape"),
+            numpy_helper.from_array(np.ones((7, 3), np.float32), "w"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    report = gradlint.check(model)
+    skipped = next(f for f in report.findings if f.rule == "probe-skipped")
+    assert "--input-shape" in " ".join([skipped.message, *(fix.text for fix in skipped.fixes)])
+    sized = gradlint.check(model, shapes={"x": (2, 14)})
+    assert "probe-skipped" not in {f.rule for f in sized.findings}
+    assert sized.weights[0].measured["grad_rms"] > 0
+
+
+def test_gradients_that_stop_are_listed_not_zero() -> None:
+    """Det has no derivative here: what lies before it has no measured gradient at all."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"], name="fc"),
+            helper.make_node("Det", ["h"], ["y"], name="det"),
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
+        [numpy_helper.from_array(np.eye(3, dtype=np.float32) + 0.1, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    report = gradlint.check(model)
+    assert report.weights[0].measured == {}
+    assert "gradient-cut" in {f.rule for f in report.findings}
+    backward = gradlint.differentiate(model)
+    assert "w.grad" not in {o.name for o in backward.graph.output}
+    assert '"w"' in {p.key: p.value for p in backward.metadata_props}["gradlint.cut"]
+
+
+def test_differentiate_takes_weights_inputs_and_values_and_names_near_ones() -> None:
+    model = transformer(depth=1)
+    value = model.graph.node[3].output[0]
+    weight = model.graph.initializer[0].name
+    backward = gradlint.differentiate(model, wrt=["x", weight, value])
+    assert [o.name for o in backward.graph.output][1:] == ["x.grad", f"{weight}.grad", f"{value}.grad"]
+    with pytest.raises(gradlint.UsageError, match="did you mean"):
+        gradlint.differentiate(model, wrt=[weight + "s"])

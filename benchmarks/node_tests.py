@@ -3,9 +3,9 @@
 python benchmarks/node_tests.py [OPERATOR]
 
 right: every float input has a gradient, and it agrees. wrong: one does not, or it does not run. refused: one depends on
-an input that gets none. Left out of the share: cases without a derivative to compare (rounding, comparisons: differences
-are zero and no gradient is given), random operators, and those where ONNX's reference evaluator can't compute the case
-or disagrees with onnxruntime on its result.
+an input that gets none. Left out of the share: `none`, cases without a derivative (rounding, comparisons: differences
+are zero and no gradient is given), `random` operators, and `reference`, those where ONNX's reference evaluator can't
+compute the case beside its values, or disagrees with onnxruntime on its result.
 """
 
 import collections

@@ -7,9 +7,9 @@ of a fresh session) and their ratio; then the whole command with and without the
 """
 
 import json
-import os
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -115,15 +115,21 @@ def seconds(step, count=9):
     return statistics.median(times)
 
 
+# A process starts with its parent's peak memory on its account: a small one in between keeps torch's off it.
+WRAPPER = """
+import os, sys, time
+start = time.perf_counter()
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+usage = os.wait4(pid, 0)[2]
+print(time.perf_counter() - start, usage.ru_maxrss / 1024, file=sys.stderr)
+"""
+
+
 def run(command):
     """-> (report, wall seconds, peak resident MB) of one process."""
-    with tempfile.TemporaryFile() as out:
-        start = time.perf_counter()
-        pid = os.posix_spawnp(command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, out.fileno(), 1)])
-        _, _, usage = os.wait4(pid, 0)
-        wall = time.perf_counter() - start
-        out.seek(0)
-        return json.load(out), wall, usage.ru_maxrss / 1024
+    done = subprocess.run([sys.executable, "-c", WRAPPER, *command], capture_output=True, text=True, check=True)
+    wall, peak = done.stderr.splitlines()[-1].split()
+    return json.loads(done.stdout), float(wall), float(peak)
 
 
 def main(gradlint="gradlint"):

@@ -270,7 +270,7 @@ def _model_facts(
         "data_given": options.data is not None,
         "optimizer": options.optimizer,
         "learning_rate": options.lr,
-        "layers": len(parts.layers),
+        "layers": len(parts.weighted),
         "weights": len(parts.uses),
         "model_parameters": _parameters(parts),
         "folded_batchnorm": len(folded),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -188,8 +189,17 @@ class Backward:
         if not axes:
             return g
         if all(a < lead for a in axes):
-            return self.sum_over(g, axes)
+            return self._sum_leading(g, dims(full), lead)
         return self.op("Reshape", self.sum_over(g, axes, keepdims=True), self.shape(target))
+
+    def _sum_leading(self, g: ir.Value, shape: tuple[int, ...] | None, lead: int) -> ir.Value:
+        """Sum over the first `lead` axes; a row of ones times a matrix is onnxruntime's fastest way."""
+        kind = g.dtype
+        if shape is None or len(shape) != lead + 1 or kind is None:
+            return self.sum_over(g, list(range(lead)))
+        rows = math.prod(shape[:lead])
+        g = g if lead == 1 else self.op("Reshape", g, self.constant([rows, shape[-1]]))
+        return self.op("MatMul", self.constant(np.ones(rows), kind.numpy()), g)
 
     def _unbroadcast_at_run(self, g: ir.Value, target: ir.Value) -> ir.Value:
         """Where symbols hide which axes were stretched: sum over the axes whose sizes differ, found when it runs."""

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from gradlint.exceptions import DataError
-from gradlint.graph import FLOATS, dims, op
+from gradlint.graph import FLOATS, constant_array, dims, op
 
 Arrays = dict[str, np.ndarray]
 _CLIP = 6.0  # standard deviations: the declared range of synthetic floats
@@ -210,8 +210,12 @@ def _feeds_state(value: ir.Value) -> bool:
     return any(op(u.node) in ("LSTM", "GRU", "RNN") and u.idx >= 5 for u in value.uses())
 
 
+_MOVED = ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Slice", "Flatten", "Expand")
+
+
 def _table_rows(value: ir.Value) -> int | None:
-    """Rows of the smallest table that a value (or what is reshaped or retyped from it) indexes."""
+    """Rows of the smallest table that a value (or what is moved or retyped from it) indexes, and of its one-hot
+    code."""
     rows: list[int] = []
     pending, seen = [value], {value}
     while pending:
@@ -225,7 +229,10 @@ def _table_rows(value: ir.Value) -> int | None:
             elif op(node) == "OneHot" and use.idx == 0:
                 depth = node.inputs[1].const_value if node.inputs[1] is not None else None
                 rows.append(int(depth.numpy().item()) if depth is not None else 2)
-            elif op(node) in ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Slice", "Flatten"):
+            elif op(node) == "Equal" and (classes := constant_array(node.inputs[1 - use.idx])) is not None:
+                if classes.size > 1 and np.ptp(classes) > 0:  # one-hot, written out
+                    rows.append(int(classes.max()) + 1)
+            elif op(node) in _MOVED:
                 fresh = [o for o in node.outputs if o not in seen]
                 seen.update(fresh)
                 pending.extend(fresh)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -169,9 +170,12 @@ def _release(node: ir.Node) -> None:
             release(value.const_value)
 
 
-def _finite(x: Moments) -> Moments:
+_Spread = TypeVar("_Spread", Moments, Gradient)
+
+
+def _finite(x: _Spread) -> _Spread:
     """Overflow stays representable: a variance beyond 1e300 is 1e300."""
-    if all(np.isfinite(a).all() for a in (x.mean, x.fixed, x.shared, x.local)):
+    if all(np.isfinite(getattr(x, part)).all() for part in x.__slots__):
         return x
     return x.map(lambda a: np.nan_to_num(a, nan=0.0, posinf=1e300, neginf=-1e300))
 
@@ -193,6 +197,7 @@ def _backward(
         )
         for k, (value, g) in enumerate(zip(node.inputs, back, strict=False)):
             if value is not None and g is not None and is_float(value):
+                g = _finite(g)
                 gradients[value] = gradients[value] + g if value in gradients else g
                 size = math.prod(dims(value) or (1,)) / (ctx.batch if ctx.varies(value) else 1)
                 edges[node, k] = float(np.mean(g.total)) * max(1.0, size)

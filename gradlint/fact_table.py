@@ -80,50 +80,55 @@ def _evident(scopes: str, kinds: str, *rows: tuple[str, str, str]) -> list[FactS
     return specs
 
 
-_MODEL = _rows(
-    "all",
-    ("stage", "text", "`init` or `trained`: guessed from the weights, or as --at-init / --trained say"),
-    ("stage_given", "yes/no", "the stage was given with --at-init or --trained, not guessed"),
-    ("mode", "text", "`train` (BatchNormalization by the batch) or `eval` (the graph as it stands)"),
-    ("loss", "text", "`linear`, `cross-entropy`, `bce` or `mse`"),
-    ("batch", "examples", "examples the probe ran on"),
-    ("data_given", "yes/no", "the probe ran on the user's data, not on synthetic data"),
-    ("optimizer", "text", "`sgd` or `adam`, if --optimizer was given"),
-    ("learning_rate", "per step", "--lr, if given"),
-    ("precision", "text", "the dtype of most weights: `float32`, `float16`, `bfloat16`, `float64`"),
-    ("layers", "count", "layers with weights"),
-    ("weights", "count", "trainable weights"),
-    ("model_parameters", "count", "elements of all trainable weights"),
-    ("quantized_ops", "count", "QuantizeLinear, DequantizeLinear and integer matmul or convolution nodes"),
-    ("folded_batchnorm", "count", "BatchNormalization nodes the exporter folded into the layer before"),
-    ("folded_layers", "text", "names of the layers that took one in, a few of them"),
-    ("export_line", "text", "the line of Python that exports this model without folding"),
-    ("unmodelled_nodes", "count", "nodes whose operator has no row for the estimate"),
-    ("unmodelled_share", "share", "nodes that lie behind an operator without a row, of all nodes"),
-    ("unmodelled_ops", "text", "those operators, each with its number of nodes"),
-    ("cut_nodes", "count", "nodes where the probe cut the gradient for want of a derivative it knows"),
-    ("cut_ops", "text", "those operators, each with its number of nodes"),
-    ("probe_skipped", "yes/no", "the probe was wanted and could not run (false with --no-probe)"),
-    ("probe_skipped_reason", "text", "why the probe did not run"),
-    ("probe_remedy", "text", "what to give so that it runs"),
-    ("zero_head", "yes/no", "the head's weights are all zero, and the judgement drew them at 0.01"),
-    ("trained_share", "share", "layers whose weights have left every standard initial distribution"),
-    ("data_mean", "data units", "mean of the float inputs the probe ran on (those that vary)"),
-    ("data_std", "data units", "standard deviation of the float inputs the probe ran on"),
-    ("data_low", "data units", "least element of the float inputs the probe ran on"),
-    ("data_high", "data units", "largest element of the float inputs the probe ran on"),
-    ("classes", "count", "size of the logits' last axis under the cross-entropy loss"),
-    ("initial_loss", "nats", "mean cross-entropy of the probe's batch"),
-) + _evident(
-    "all",
-    "estimated measured",
-    ("trunk_min_decades", "decades", "the least `trunk_decades` of all layers"),
-    ("trunk_max_decades", "decades", "the largest `trunk_growth` of all layers"),
-    ("learning_spread", "decades", "log10 of largest to smallest grad_rms / weight_rms over trunk kernels"),
-) + _evident(
-    "all",
-    "measured",
-    ("alignment", "0..1", "likeness between examples kept from the inputs to the last features (CKA)"),
+_MODEL = (
+    _rows(
+        "all",
+        ("stage", "text", "`init` or `trained`: guessed from the weights, or as --at-init / --trained say"),
+        ("stage_given", "yes/no", "the stage was given with --at-init or --trained, not guessed"),
+        ("mode", "text", "`train` (BatchNormalization by the batch) or `eval` (the graph as it stands)"),
+        ("loss", "text", "`linear`, `cross-entropy`, `bce` or `mse`"),
+        ("batch", "examples", "examples the probe ran on"),
+        ("data_given", "yes/no", "the probe ran on the user's data, not on synthetic data"),
+        ("optimizer", "text", "`sgd` or `adam`, if --optimizer was given"),
+        ("learning_rate", "per step", "--lr, if given"),
+        ("precision", "text", "the dtype of most weights: `float32`, `float16`, `bfloat16`, `float64`"),
+        ("layers", "count", "layers with weights"),
+        ("weights", "count", "trainable weights"),
+        ("model_parameters", "count", "elements of all trainable weights"),
+        ("quantized_ops", "count", "QuantizeLinear, DequantizeLinear and integer matmul or convolution nodes"),
+        ("folded_batchnorm", "count", "BatchNormalization nodes the exporter folded into the layer before"),
+        ("folded_layers", "text", "names of the layers that took one in, a few of them"),
+        ("export_line", "text", "the line of Python that exports this model without folding"),
+        ("unmodelled_nodes", "count", "nodes whose operator has no row for the estimate"),
+        ("unmodelled_share", "share", "nodes that lie behind an operator without a row, of all nodes"),
+        ("unmodelled_ops", "text", "those operators, each with its number of nodes"),
+        ("cut_nodes", "count", "nodes where the probe cut the gradient for want of a derivative it knows"),
+        ("cut_ops", "text", "those operators, each with its number of nodes"),
+        ("probe_skipped", "yes/no", "the probe was wanted and could not run (false with --no-probe)"),
+        ("probe_skipped_reason", "text", "why the probe did not run"),
+        ("probe_remedy", "text", "what to give so that it runs"),
+        ("zero_head", "yes/no", "the head's weights are all zero, and the judgement drew them at 0.01"),
+        ("residual_additions", "count", "additions in the model at which a skip joins"),
+        ("trained_share", "share", "layers whose weights have left every standard initial distribution"),
+        ("data_mean", "data units", "mean of the float inputs the probe ran on (those that vary)"),
+        ("data_std", "data units", "standard deviation of the float inputs the probe ran on"),
+        ("data_low", "data units", "least element of the float inputs the probe ran on"),
+        ("data_high", "data units", "largest element of the float inputs the probe ran on"),
+        ("classes", "count", "size of the logits' last axis under the cross-entropy loss"),
+        ("initial_loss", "nats", "mean cross-entropy of the probe's batch"),
+    )
+    + _evident(
+        "all",
+        "estimated measured",
+        ("trunk_min_decades", "decades", "the least `trunk_decades` of all layers"),
+        ("trunk_max_decades", "decades", "the largest `trunk_growth` of all layers"),
+        ("learning_spread", "decades", "log10 of largest to smallest grad_rms / weight_rms over trunk kernels"),
+    )
+    + _evident(
+        "all",
+        "measured",
+        ("alignment", "0..1", "likeness between examples kept from the inputs to the last features (CKA)"),
+    )
 )
 
 _PLACE = _rows(
@@ -131,7 +136,7 @@ _PLACE = _rows(
     ("op_type", "text", "the ONNX operator of the node"),
     ("module", "text", "the framework's module path, where the exporter recorded it"),
     ("depth", "0..1", "0 at the graph's input, 1 at its outputs: longest path to here over longest path through here"),
-    ("layer_index", "count", "position among the layers with weights, 0 first"),
+    ("layer_index", "count", "position among the layers with weights and the activations, 0 first"),
     ("is_gate", "yes/no", "its output multiplies another value (SiLU, GLU, squeeze-excite, gated cells)"),
     ("is_head", "yes/no", "the last layer before an output, or an activation behind it"),
     ("on_trunk", "yes/no", "its output carries the largest gradient across its cut of the graph, within a decade"),
@@ -152,6 +157,7 @@ _LAYER = (
         "layers",
         ("is_structural_zero", "yes/no", "the gradient here is zero by construction: zero residual scale, key bias"),
         ("follows_norm", "yes/no", "a normalisation stands directly before this layer"),
+        ("before_norm", "yes/no", "a normalisation stands between this layer and the activation that follows"),
         ("width", "count", "units of the output: channels, features"),
         ("chain_without_skip", "count", "weight layers in a row, ending here, that no Add or Concat bypasses"),
         ("batchnorm_chain", "count", "BatchNormalization + activation pairs in a row, ending here, without a skip"),
@@ -230,37 +236,45 @@ _ACTIVATION = (
     )
 )
 
-_WEIGHT = _rows(
-    "weight",
-    ("parameter", "text", "the framework's parameter name, where it can be told"),
-    ("role", "text", "`kernel`, `bias`, `gamma`, `beta`, `embedding`, `recurrent`, `residual-scale`, `position`"),
-    ("is_trainable", "yes/no", "training changes this weight"),
-    ("is_structural_zero", "yes/no", "its gradient is zero by construction: key bias, behind a zero residual scale"),
-    ("reaches_output", "yes/no", "some path leads from it to an output, not only times zero"),
-    ("elements", "count", "elements of the weight"),
-    ("weight_mean", "weight units", "mean of the elements"),
-    ("weight_std", "weight units", "standard deviation of the elements"),
-    ("weight_max", "weight units", "largest |element|"),
-    ("distinct_values", "count", "different values among the elements, counted up to 2"),
-    ("near_zero_share", "share", "elements with |w| < 1e-5"),
-    ("oversized_share", "share", "elements with |w| > 5"),
-    ("duplicate_share", "share", "output units whose row (with bias) has cosine > 1 - 1e-6 with another"),
-    ("duplicate_units", "count", "those units"),
-    ("init_fit", "text", "the standard initial distribution these elements still match, best first"),
-    ("init_fit_p", "0..1", "p-value of that fit (Kolmogorov-Smirnov)"),
-    ("forward_scale", "data units", "standard deviation of the value this weight is multiplied with"),
-) + _evident(
-    "weight",
-    "estimated measured",
-    ("grad_rms", "per batch", "root mean square of the gradient of this weight"),
-    ("trunk_decades", "decades", "trunk gradient at the cut of this weight's layer / the trunk's largest"),
-    ("update_ratio", "decades", "log10 of learning_rate * grad_rms / weight_rms"),
-    ("fp16_underflow", "share", "elements of this weight's gradient that are under 2^-24 and not zero"),
-) + _evident(
-    "weight",
-    "measured",
-    ("grad_mean_abs", "per batch", "mean |gradient| of this weight"),
-    ("grad_zero_share", "share", "elements whose gradient is exactly zero"),
+_WEIGHT = (
+    _rows(
+        "weight",
+        ("parameter", "text", "the framework's parameter name, where it can be told"),
+        ("role", "text", "`kernel`, `bias`, `gamma`, `beta`, `embedding`, `recurrent`, `residual-scale`, `position`"),
+        ("is_trainable", "yes/no", "training changes this weight"),
+        (
+            "is_structural_zero",
+            "yes/no",
+            "its gradient is zero by construction: key bias, behind a zero residual scale",
+        ),
+        ("reaches_output", "yes/no", "some path leads from it to an output, not only times zero"),
+        ("elements", "count", "elements of the weight"),
+        ("weight_mean", "weight units", "mean of the elements"),
+        ("weight_std", "weight units", "standard deviation of the elements"),
+        ("weight_max", "weight units", "largest |element|"),
+        ("distinct_values", "count", "different values among the elements, counted up to 2"),
+        ("near_zero_share", "share", "elements with |w| < 1e-5"),
+        ("oversized_share", "share", "elements with |w| > 5"),
+        ("duplicate_share", "share", "output units whose row (with bias) has cosine > 1 - 1e-6 with another"),
+        ("duplicate_units", "count", "those units"),
+        ("init_fit", "text", "the standard initial distribution these elements still match, best first"),
+        ("init_fit_p", "0..1", "p-value of that fit (Kolmogorov-Smirnov)"),
+        ("forward_scale", "data units", "standard deviation of the value this weight is multiplied with"),
+    )
+    + _evident(
+        "weight",
+        "estimated measured",
+        ("grad_rms", "per batch", "root mean square of the gradient of this weight"),
+        ("trunk_decades", "decades", "trunk gradient at the cut of this weight's layer / the trunk's largest"),
+        ("update_ratio", "decades", "log10 of learning_rate * grad_rms / weight_rms"),
+        ("fp16_underflow", "share", "elements of this weight's gradient that are under 2^-24 and not zero"),
+    )
+    + _evident(
+        "weight",
+        "measured",
+        ("grad_mean_abs", "per batch", "mean |gradient| of this weight"),
+        ("grad_zero_share", "share", "elements whose gradient is exactly zero"),
+    )
 )
 
 _RECURRENT = _rows(
@@ -282,20 +296,24 @@ _RECURRENT = _rows(
     ("time_decades", "decades", "log10 of |dL/dh_0| / |dL/dh_T|, the loss on the last step (proved: an upper bound)"),
 )
 
-_ATTENTION = _rows(
-    "attention",
-    ("keys", "count", "keys a query chooses from"),
-    ("head_dim", "count", "features per head, d"),
-    ("is_scaled", "yes/no", "the logits are divided by sqrt(d), in the graph or folded into the query weight"),
-    ("attention_index", "count", "attentions in series, ending here, that no path bypasses"),
-) + _evident(
-    "attention",
-    "estimated measured",
-    ("logit_std", "logit", "standard deviation of the attention logits over keys"),
-) + _evident(
-    "attention",
-    "measured",
-    ("max_probability", "0..1", "mean over queries of the largest attention weight"),
+_ATTENTION = (
+    _rows(
+        "attention",
+        ("keys", "count", "keys a query chooses from"),
+        ("head_dim", "count", "features per head, d"),
+        ("is_scaled", "yes/no", "the logits are divided by sqrt(d), in the graph or folded into the query weight"),
+        ("attention_index", "count", "attentions in series, ending here, that no path bypasses"),
+    )
+    + _evident(
+        "attention",
+        "estimated measured",
+        ("logit_std", "logit", "standard deviation of the attention logits over keys"),
+    )
+    + _evident(
+        "attention",
+        "measured",
+        ("max_probability", "0..1", "mean over queries of the largest attention weight"),
+    )
 )
 
 

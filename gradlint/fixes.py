@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from gradlint.fact_table import Subject
-from gradlint.remedies import REMEDIES, Cause, places
+from gradlint.remedies import REMEDIES, VARIANCES, Cause, places, present_activation, weight_factor
 from gradlint.results import Blame, Fix
 
 _OPERATORS: Mapping[Cause, str] = {
@@ -56,27 +56,75 @@ def choose_fixes(names: Sequence[str], subject: Subject, span: tuple[str, str] |
 
 
 def _applies(name: str, subject: Subject) -> bool:
-    """False for what is there already, and for time where none passes."""
+    """False for what is there already, for what would make it worse, and for what has no place here."""
     facts = subject.facts
     if REMEDIES[name].treats == "time":
-        operators = {str(facts.get("op_type")), *(item.op_type for item in subject.blame)}
-        return subject.scope == "recurrent" or any(_CAUSE_OF.get(op) == "time" for op in operators)
+        return _applies_to_time(name, subject)
     if name in _ACTIVATIONS:
-        return _ACTIVATIONS[name] not in (facts.get("activation"), facts.get("next_activation"))
+        present = _replaceable(subject)
+        known = facts.get("activation") or facts.get("next_activation")
+        return present != _ACTIVATIONS[name] and (present is not None or known is None)
     if name in ("batch-norm", "layer-norm"):
-        return facts.get("follows_norm") is not True
+        return facts.get("follows_norm") is not True and facts.get("before_norm") is not True
     if name == "skip-connections":
         return facts.get("has_skip") is not True
-    if name == "scale-init":
-        return facts.get("init_factor") is not None
+    if name == "residual-scale":
+        return facts.get("residual_additions") != 0
+    if name in ("scale-init", *VARIANCES):
+        return _rescales(name, subject)
     return True
+
+
+def _applies_to_time(name: str, subject: Subject) -> bool:
+    """Time passes here, and the cell is not the one that is advised, but is the one whose gate is spoken of."""
+    cells = {str(subject.facts.get(fact)) for fact in ("cell", "op_type")} | {item.op_type for item in subject.blame}
+    passing = subject.scope == "recurrent" or any(_CAUSE_OF.get(op) == "time" for op in cells)
+    wanted = {"forget-bias": "LSTM", "update-bias": "GRU"}.get(name)
+    return passing and name.upper() not in cells and (wanted is None or wanted in cells)
+
+
+def _replaceable(subject: Subject) -> str | None:
+    """The activation that another could take the place of: the one here, or, of those blamed, the worst."""
+    here = present_activation(subject)
+    worst = _blamed(subject, "activation")
+    return worst[0].op_type if worst and subject.scope != "activation" and here in (None, "Relu") else here
+
+
+def _blamed(subject: Subject, cause: Cause) -> list[Blame]:
+    """What is blamed of the operator with the largest share among those of a cause, in the graph's order."""
+    sums: dict[str, float] = {}
+    for item in subject.blame:
+        if _CAUSE_OF.get(item.op_type) == cause:
+            sums[item.op_type] = sums.get(item.op_type, 0.0) + abs(item.decades)
+    worst = max(sums, key=lambda op: sums[op], default=None)
+    return [item for item in subject.blame if item.op_type == worst]
+
+
+def _rescales(name: str, subject: Subject) -> bool:
+    """Another scale by more than a tenth, and towards the other side: larger weights where the gradient shrinks."""
+    factor, change = weight_factor(subject, name), sum(item.decades for item in subject.blame)
+    if factor is None:
+        return name != "scale-init"
+    if name == "xavier-init" and subject.facts.get("init_scheme") == "He":
+        return False
+    return not 0.9 < factor < 1.1 and not (change < 0 and factor < 1) and not (change > 0 and factor > 1)
 
 
 def write_fix(name: str, subject: Subject, span: tuple[str, str] | None = None) -> str:
     """The remedy's text for this subject: what and where, then the line for PyTorch and for Keras."""
     remedy = REMEDIES[name]
-    values = places(subject) | (remedy.values(subject) if remedy.values else {})
-    if span is not None:
-        values["layer"] = f"`{span[0]}` to `{span[1]}`"
+    layer = None if span is None else _from_to(*span)
+    replaced = None
+    if remedy.treats in ("activation", "time") and subject.scope not in ("activation", "recurrent"):
+        blamed = _blamed(subject, remedy.treats)
+        if blamed and (remedy.treats == "time" or _replaceable(subject) != present_activation(subject)):
+            layer, replaced = _from_to(blamed[0].node, blamed[-1].node), blamed[0].op_type
+    values = places(subject, layer) | (remedy.values(subject) if remedy.values else {})
+    if replaced is not None:
+        values["activation"] = replaced
     text, pytorch, keras = (part.format(**values) for part in (remedy.text, remedy.pytorch, remedy.keras))
     return f"{text[:1].upper()}{text[1:]}. PyTorch: `{pytorch}`. Keras: `{keras}`."
+
+
+def _from_to(first: str, last: str) -> str:
+    return f"`{first}`" if first == last else f"`{first}` to `{last}`"

@@ -209,13 +209,16 @@ def _finding(rule: Rule, group: list[_Hit]) -> _Placed:
     if len(group) > 1:
         span = first, last = _name(group[0].subject), _name(group[-1].subject)
         noun = _NOUNS[rule.scope] + ("s" if len(group) > 2 else "")
-        message += f"; and {len(group) - 1} more {noun}, {first} to {last}"
+        message += f"; and {len(group) - 1} more {noun}, {first} to {last}" if first != last else ""
         metrics |= {"layers": len(group), "first": first, "last": last}
     evidence = _evidence(subject, worst.used)
+    level = _capped(worst.level, evidence, subject)
+    if level != worst.level:
+        message += "; judged on made-up inputs, which a trained model need not be at home with: give real ones (--data)"
     finding = Finding(
         rule=rule.name,
         code=rule.code,
-        level=_capped(worst.level, evidence, subject),
+        level=level,
         layer=subject.layer,
         weight=subject.weight,
         message=message,

@@ -32,7 +32,7 @@ _TABLE_SLOPE = np.array([-2 / math.sqrt(math.pi) * math.exp(-((k / _STEP) ** 2))
 
 def erfc(x: Array) -> Array:
     """1 - erf(x), elementwise: Taylor's expansion to order 4 about the nearest table entry; error below 1e-10."""
-    size = np.minimum(np.abs(x), 26.9)
+    size = np.fmin(np.abs(x), 26.9)  # a NaN (infinity less infinity) counts as far out
     k = np.rint(size * _STEP).astype(np.intp)
     c = k / _STEP
     h = size - c

@@ -35,28 +35,45 @@ def _text(subject: Subject, name: str, default: str) -> str:
     return value if isinstance(value, str) and value else default
 
 
-def places(subject: Subject) -> dict[str, str]:
-    """The names every remedy may use: the layer, its kernel, its activation."""
+def places(subject: Subject, layer: str | None = None) -> dict[str, str]:
+    """The names every remedy may use: the layer (or what stands for it), its kernel, its activation."""
     kernel = subject.weight or _text(subject, "main_weight", "")
-    own = subject.facts.get("activation") if subject.scope == "activation" else None
-    activation = own or subject.facts.get("next_activation")
+    layer = layer or (f"`{subject.layer}`" if subject.layer else "")
+    unnamed = f"the weight before {layer}" if subject.scope == "activation" else "the weights"
+    activation = present_activation(subject) or "activation"
     return {
-        "layer": f"`{subject.layer}`" if subject.layer else "the model",
-        "kernel": f"`{kernel}`" if kernel else "its weight",
-        "activation": str(activation) if activation and activation != "Identity" else "activation",
+        "layer": layer or "the model",
+        "kernel": f"`{kernel}`" if kernel else unnamed,
+        "activation": activation,
+        "before": f"the {activation} at {layer}" if layer else "the activations",
     }
 
 
-def _scheme(variance: Callable[[float, float], float], name: str) -> Values:
-    """The factor from the kernel's rms to the rms of an initialisation of `variance(fan_in, fan_out)`."""
+def present_activation(subject: Subject) -> str | None:
+    """The activation at this place: the subject itself, or the one that follows. None: none, or not known."""
+    name = subject.facts.get("activation" if subject.scope == "activation" else "next_activation")
+    return str(name) if name and name != "Identity" else None
+
+
+def weight_factor(subject: Subject, name: str) -> float | None:
+    """What the initialisation remedy `name` multiplies the kernel with; None where that is not known."""
+    if name == "scale-init":
+        return _number(subject, "init_factor")
+    rms, fan_in = _number(subject, "weight_rms"), _number(subject, "fan_in")
+    fan_out = _number(subject, "fan_out") or fan_in
+    if name not in VARIANCES or not rms or not fan_in or not fan_out:
+        return None
+    return math.sqrt(VARIANCES[name](fan_in, fan_out)) / rms
+
+
+def _scheme(name: str, title: str) -> Values:
+    """The factor from the kernel's rms to the rms of an initialisation."""
 
     def values(subject: Subject) -> dict[str, str]:
-        rms, fan_in = _number(subject, "weight_rms"), _number(subject, "fan_in")
-        fan_out = _number(subject, "fan_out") or fan_in
-        if not rms or not fan_in or not fan_out:
-            return {"scaling": f"Initialise {places(subject)['kernel']} by {name}"}
-        factor = math.sqrt(variance(fan_in, fan_out)) / rms
-        return {"scaling": f"Initialise by {name}: multiply {places(subject)['kernel']} by {factor:.3g}"}
+        factor, kernel = weight_factor(subject, name), places(subject)["kernel"]
+        if factor is None:
+            return {"scaling": f"Initialise {kernel} by {title}"}
+        return {"scaling": f"Initialise by {title}: multiply {kernel} by {factor:.3g}"}
 
     return values
 
@@ -73,8 +90,8 @@ def _keep_scale(subject: Subject) -> dict[str, str]:
 
 
 def _residual_scale(subject: Subject) -> dict[str, str]:
-    """1/sqrt(L) for L residual branches (De & Smith 2020); the number of layers bounds L where it is not counted."""
-    blocks = _number(subject, "residual_index") or _number(subject, "layers") or 0
+    """1/sqrt(L) for L residual branches (De & Smith 2020)."""
+    blocks = _number(subject, "residual_additions") or _number(subject, "residual_index") or 0
     return {"scale": f"{1 / math.sqrt(blocks):.2g}" if blocks > 1 else "1/sqrt(number of blocks)"}
 
 
@@ -131,8 +148,16 @@ def _activation(text: str, pytorch: str, keras: str) -> Remedy:
     return Remedy("activation", f"Replace the {{activation}} at {{layer}} by {text}", pytorch, keras)
 
 
-def _init(name: str, variance: Callable[[float, float], float], pytorch: str, keras: str) -> Remedy:
-    return Remedy("weights", "{scaling}", pytorch, keras, _scheme(variance, name))
+def _init(name: str, title: str, pytorch: str, keras: str) -> Remedy:
+    return Remedy("weights", "{scaling}", pytorch, keras, _scheme(name, title))
+
+
+# Variance of a kernel's elements by fan_in and fan_out.
+VARIANCES: dict[str, Callable[[float, float], float]] = {
+    "he-init": lambda fan_in, _: 2 / fan_in,
+    "xavier-init": lambda fan_in, fan_out: 2 / (fan_in + fan_out),
+    "lecun-init": lambda fan_in, _: 1 / fan_in,
+}
 
 
 REMEDIES: dict[str, Remedy] = {
@@ -166,20 +191,20 @@ REMEDIES: dict[str, Remedy] = {
     ),
     # Initialisation
     "he-init": _init(
+        "he-init",
         "He (variance 2 / fan_in, for ReLU)",
-        lambda fan_in, _: 2 / fan_in,
         "nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')",
         "layers.Dense(units, kernel_initializer='he_normal')",
     ),
     "xavier-init": _init(
+        "xavier-init",
         "Xavier (variance 2 / (fan_in + fan_out), for Tanh)",
-        lambda fan_in, fan_out: 2 / (fan_in + fan_out),
         "nn.init.xavier_normal_(layer.weight)",
         "layers.Dense(units, kernel_initializer='glorot_normal')",
     ),
     "lecun-init": _init(
+        "lecun-init",
         "LeCun (variance 1 / fan_in, for SELU)",
-        lambda fan_in, _: 1 / fan_in,
         "nn.init.kaiming_normal_(layer.weight, nonlinearity='linear')",
         "layers.Dense(units, kernel_initializer='lecun_normal')",
     ),
@@ -224,13 +249,13 @@ REMEDIES: dict[str, Remedy] = {
     # Normalisation
     "batch-norm": Remedy(
         "norm",
-        "Put a BatchNorm before the {activation} at {layer}",
+        "Put a BatchNorm before {before}",
         "nn.BatchNorm1d(features)  # BatchNorm2d behind a convolution",
         "layers.BatchNormalization()",
     ),
     "layer-norm": Remedy(
         "norm",
-        "Put a LayerNorm before the {activation} at {layer}",
+        "Put a LayerNorm before {before}",
         "nn.LayerNorm(features)",
         "layers.LayerNormalization()",
     ),

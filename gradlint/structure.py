@@ -147,7 +147,8 @@ def structure(parts: Anatomy, estimate: Estimate, around: Bypasses) -> dict[ir.N
         if node in parts.activations:
             facts |= _activation_facts(node, parts, composed)
         if node in parts.weighted:
-            facts["next_activation"] = next_activation(node.outputs[0], composed, norms).name
+            follows = next_activation(node.outputs[0], composed, norms)
+            facts |= {"next_activation": follows.name, "before_norm": follows.normalised}
         found[node] = facts
     for node, growth in _residual_growth(residuals, chains, estimate).items():
         found[node]["estimated_residual_growth"] = found[node]["residual_growth"] = growth

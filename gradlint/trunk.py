@@ -18,7 +18,7 @@ TINY = 1e-300
 
 
 def levels(graph: ir.Graph) -> dict[ir.Node, int]:
-    """How deep each node lies: nodes on the longest path to it (the order of the nodes in the file has no part in it)."""
+    """How deep each node lies: nodes on the longest path to it (their order in the file has no part in it)."""
     found: dict[ir.Node, int] = {}
     for node in graph:
         found[node] = 1 + max((found[p] for p in node.predecessors() if p in found), default=-1)

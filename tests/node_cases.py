@@ -8,6 +8,8 @@ differences.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +66,10 @@ class Verdict:
 
 def cases(only: str | None = None) -> Iterator[Case]:
     """The node tests in ONNX's order, those of the operator `only` where given."""
-    for test in collect_testcases(None):
+    with warnings.catch_warnings():  # making the expected results divides by zero
+        warnings.simplefilter("ignore")
+        tests = collect_testcases(None)
+    for test in tests:
         if test.model is None or not test.data_sets:
             continue
         nodes = [n for n in test.model.graph.node if n.op_type != "Constant"]
@@ -144,10 +149,11 @@ class Loss:
         self.floats = [o.type.tensor_type.elem_type in FLOATS for o in case.model.graph.output]
         self.names = [o.name for o in case.model.graph.output]
         rng = np.random.default_rng(seed)
+        found = zip(self.names, self.outputs(case.feed), self.floats, strict=True)
+        floats = {name: y for name, y, is_float in found if is_float}
+        self.finite = all(np.isfinite(y).all() for y in floats.values())
         self.cotangents = {
-            name: np.where(np.isfinite(y), rng.standard_normal(np.shape(y)), 0.0)
-            for name, y, is_float in zip(self.names, self.outputs(case.feed), self.floats, strict=True)
-            if is_float
+            name: np.where(np.isfinite(y), rng.standard_normal(np.shape(y)), 0.0) for name, y in floats.items()
         }
 
     def outputs(self, feed: Arrays) -> list[Any]:
@@ -234,6 +240,9 @@ def _compare(
                 refused.append(name)
             continue
         exact = grads[name].reshape(-1)[entries].astype(np.float64)
+        if not loss.finite:  # what only moves outputs that are not finite has no derivative
+            defined = ~(np.isnan(exact) & (numeric == 0))
+            entries, exact, numeric = entries[defined], exact[defined], numeric[defined]
         scale = max(np.abs(numeric).max(initial=0), 1e-2)
         error = np.abs(exact - numeric).max(initial=0) / scale
         if not error < TOLERANCE and len(entries):
@@ -276,10 +285,8 @@ def _differences(
 def _disagreement(case: Case, loss: Loss) -> str:
     """Where the reference's own result is not onnxruntime's (or the test's): there differences prove nothing."""
     expected = [numpy_helper.to_array(y) if isinstance(y, TensorProto) else y for y in case.expected]
-    try:
+    with contextlib.suppress(ORT_FAILURES):  # some operators it does not know
         expected = session(case.model).run(None, case.feed)
-    except ORT_FAILURES:
-        pass
     for name, y, ours in zip(loss.names, expected, loss.outputs(case.feed), strict=True):
         ours = np.asarray(ours)
         if ours.dtype.kind != "f":

@@ -186,7 +186,8 @@ def test_half_the_units_of_a_narrow_layer_may_be_off_by_chance() -> None:
         [
             f.level
             for f in judge(
-                [subject("activation", op_type="Relu", dead=0.72, width=width, samples_per_unit=640.0)], BOOK
+                [subject("activation", op_type="Relu", dead=0.72, width=width, samples_per_unit=640.0, stage="init")],
+                BOOK,
             ).findings
         ]
         for width in (10, 400)
@@ -218,7 +219,7 @@ def test_findings_are_sorted_by_level_then_code_then_place() -> None:
 
 
 def test_an_error_explains_what_lies_upstream_of_it() -> None:
-    dead = subject("activation", "relu.1", 1, op_type="Relu", width=64, dead=0.9, samples_per_unit=640.0)
+    dead = subject("activation", "relu.1", 1, op_type="Relu", width=64, dead=0.9, samples_per_unit=640.0, stage="init")
     findings = judge([*chain(-4.0, -1.0, -4.0), dead], BOOK, select=("GL104", "GL201")).findings
     _, upstream, downstream = findings
     assert upstream.message.endswith("; a consequence of dead-relu at relu.1")
@@ -371,7 +372,7 @@ def test_fix_names_the_whole_span_of_a_group() -> None:
             {"main_weight": "l3.weight", "weight_rms": 0.0577, "fan_in": 100.0},
             "multiply `l3.weight` by 2.45",
         ),
-        ("xavier-init", {"weight_rms": 0.05, "fan_in": 100.0, "fan_out": 100.0}, "multiply its weight by 2"),
+        ("xavier-init", {"weight_rms": 0.05, "fan_in": 100.0, "fan_out": 100.0}, "multiply the weights by 2"),
         ("scale-init", {"main_weight": "w", "init_factor": 1.7321}, "Multiply `w` by 1.73"),
         ("forget-bias", {"steps": 100.0}, "Start the forget bias at 4.6 for 100 steps"),
         ("residual-scale", {"residual_index": 20.0}, "Scale each residual branch by 0.22"),

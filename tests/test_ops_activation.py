@@ -83,6 +83,7 @@ def test_swish(attributes: dict[str, float], x: Activation) -> None:
 def test_clip(lo: float | None, hi: float | None, x: Activation) -> None:
     limits = [None if v is None else np.array(v, np.float32) for v in (lo, hi)]
     check_op("Clip", x, *limits, wrt=(0,))
+    check_op("Clip", x, *limits, pullback=None, proof=False)
 
 
 @pytest.mark.parametrize("slope", [(1,), (4, 1, 1), (4, 5, 6), (6,)])

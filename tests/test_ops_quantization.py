@@ -53,6 +53,23 @@ def test_what_is_dequantised_lies_within_the_levels_of_its_channel() -> None:
     assert 0.5 < np.sqrt(found.moments[y].local[0, 0]) < 1.0
 
 
+@pytest.mark.parametrize(
+    ("scale", "zero", "attributes"),
+    [
+        (np.array(0.1), None, {}),
+        (np.array(0.1), np.array(3, np.int8), {}),
+        (np.linspace(0.1, 0.5, 5), np.arange(5, dtype=np.int8), {"axis": 1}),
+        (np.linspace(0.1, 0.5, 4), None, {"axis": -3}),
+        (np.linspace(0.1, 0.9, 4 * 3 * 6).reshape(4, 3, 6), None, {"axis": 1, "block_size": 2}),
+    ],
+)
+def test_scale(scale: np.ndarray, zero: np.ndarray | None, attributes: dict[str, int]) -> None:
+    x = np.random.default_rng(0).integers(-128, 127, (4, 5, 6)).astype(np.int8)
+    check_op(
+        "DequantizeLinear", x, scale.astype(np.float32), zero, moments=None, pullback=None, proof=False, **attributes
+    )
+
+
 def test_no_gradient_is_invented_before_a_quantiser() -> None:
     back = differentiate(onnx.parser.parse_model(PAIR), wrt=["x"])
     assert "x.grad" not in {o.name for o in back.graph.output}

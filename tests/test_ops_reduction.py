@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx.reference import ReferenceEvaluator
 
+from gradlint.reverse import differentiate
 from gradlint.testing import Activation, check_op
 
 
@@ -58,6 +61,26 @@ def test_product(over: np.ndarray, attributes: Mapping[str, Any]) -> None:
 @pytest.mark.parametrize("axis", [1, -1])
 def test_running_sum(exclusive: int, reverse: int, axis: int) -> None:
     check_op("CumSum", Activation((8, 6, 5), mean=0.3), np.array(axis, np.int64), exclusive=exclusive, reverse=reverse)
+
+
+@pytest.mark.parametrize("exclusive", [0, 1])
+@pytest.mark.parametrize("reverse", [0, 1])
+@pytest.mark.parametrize("zeros", [(), (2,), (1, 3), (0,), (4,)])
+def test_running_product(zeros: tuple[int, ...], exclusive: int, reverse: int) -> None:
+    x = np.array([[0.5, -1.5, 2.0, 0.7, 1.2]], np.float32)
+    x[:, list(zeros)] = 0.0
+    node = onnx.helper.make_node("CumProd", ["x", "axis"], ["y"], exclusive=exclusive, reverse=reverse)
+    info = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, x.shape) for name in ("x", "y")]
+    axis = onnx.numpy_helper.from_array(np.array(1), "axis")
+    graph = onnx.helper.make_graph([node], "g", info[:1], info[1:], [axis])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 26)], ir_version=12)
+    g = np.array([[1.0, 2.0, -1.0, 0.5, 3.0]], np.float32)
+    back = ReferenceEvaluator(differentiate(model, wrt=["x"]))
+    (found,) = back.run(["x.grad"], {"x": x, "y.cotangent": g})
+    forward = ReferenceEvaluator(model)
+    step = np.eye(5, dtype=np.float64)[:, None] * 1e-4
+    ends = [np.stack([forward.run(None, {"x": x + sign * s})[0] for s in step]) for sign in (1, -1)]
+    np.testing.assert_allclose(found[0], ((ends[0] - ends[1]) * g).sum(axis=(1, 2)) / 2e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("op", ["ReduceMax", "ReduceMin"])

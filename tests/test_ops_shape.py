@@ -89,6 +89,13 @@ def test_space_to_depth() -> None:
     check_op("SpaceToDepth", Activation((4, 3, 4, 6), mean=0.5), blocksize=2)
 
 
+def test_space_to_depth_with_the_channels_outside() -> None:
+    check_op(
+        "SpaceToDepth", Activation((4, 3, 4, 6), mean=0.5), moments=None, pullback=None, proof=False,
+        opset=28, blocksize=2, mode="CRD",
+    )  # fmt: skip
+
+
 # -- cutting, joining, padding -----------------------------------------------------------------------------------------
 
 

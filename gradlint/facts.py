@@ -34,7 +34,6 @@ from gradlint.graph import (
     folded_batchnorms,
     is_float,
     is_gate,
-    is_head,
     module,
     op,
     source,
@@ -348,9 +347,7 @@ def _place(
         "depth": depth,
         "layer_index": index,
         "is_gate": is_gate(node),
-        "is_head": is_head(node, parts.weighted)
-        if node in parts.activations
-        else not _layers_behind(node, parts.weighted),
+        "is_head": not _layers_behind(node, parts.weighted),
         "folded_norm": folded,
         "width": shape[unit_axis(node.outputs[0], estimate)] if shape else None,
     }

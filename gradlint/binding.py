@@ -152,6 +152,9 @@ def infer_shapes(model: ir.Model) -> bool:
     """
     declared = [(v, v.shape) for v in model.graph.outputs]
     for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if value.const_value is not None:  # a folded value keeps the symbols it had before
+                value.shape = ir.Shape(value.const_value.shape.numpy())
         for node in graph:
             if node.domain in ("", "ai.onnx"):
                 for output in node.outputs:

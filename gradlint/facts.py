@@ -116,6 +116,9 @@ def gather(
     lengths: graph inputs whose sequence length was assumed; disconnected: weights of the file that lead to no output.
     """
     measured = probed if isinstance(probed, Probe) else None
+    lost = _overflown(parts, measured)
+    if measured is not None and lost:
+        measured = _before_overflow(measured, lost)
     flow = Flow.of(parts, estimate, measured)
     rows, subjects = [], []
     weights_of: dict[ir.Node, list[WeightUse]] = {}
@@ -135,6 +138,9 @@ def gather(
             known.add(kind, figures[kind])
         known.facts |= _place(node, parts, estimate, depth(node), index, node in folded) | static.layers[node]
         known.facts["on_trunk"] = node in flow.trunk
+        if isinstance(probed, Probe):
+            known.facts["output_non_finite"] = str(node.outputs[0].name) in lost
+            known.evidence["output_non_finite"] = "measured"
         scope: Scope = "activation" if node in parts.activations else "layer"
         subjects.append(
             Subject(
@@ -150,11 +156,29 @@ def gather(
     trunk = frozenset(str(n.name) for n in flow.trunk)
     for kind in _KINDS:
         known.add(kind, {**flow_facts[kind], "learning_spread": learning_spread(weight_subjects, trunk, kind)})
-    overflown = frozenset(n for n, row in tapped.items() if not math.isfinite(row.get("output_std", 0.0)))
-    extra = [*static.subjects, *pole_subjects(parts, estimate, proof, overflown)]
+    if lost:
+        known.add("measured", {"trunk_max_decades": math.inf})  # the loss is not finite, nor is any step
+    probed_values = probed.values if isinstance(probed, Probe) else {}
+    poles = frozenset(n for n, row in probed_values.items() if not math.isfinite(row.get("output_std", 0.0)))
+    extra = [*static.subjects, *pole_subjects(parts, estimate, proof, poles)]
     subjects = sorted([*subjects, *extra], key=lambda s: s.order)
     subjects.insert(0, Subject("model", None, None, 0, known.facts, known.evidence))
     return Facts(tuple(rows), tuple(weights), (*subjects, *weight_subjects, *disconnected), known.facts)
+
+
+def _overflown(parts: Anatomy, measured: Probe | None) -> frozenset[str]:
+    """Outputs of layers that held a NaN or an infinity: their mean tells (sums of squares overflow before they do)."""
+    names = {str(n.outputs[0].name) for n in parts.layers}
+    rows = measured.values.items() if measured is not None else ()
+    return frozenset(n for n, row in rows if n in names and not math.isfinite(row.get("output_mean", 0.0)))
+
+
+def _before_overflow(measured: Probe, lost: frozenset[str]) -> Probe:
+    """What a run that overflowed still tells: the values it reached. Every gradient came back through the overflow,
+    where comparisons with NaN made zeros of it."""
+    kept = ("output_mean", "output_std", "signal")
+    rows = {n: {k: row[k] for k in kept if k in row} for n, row in measured.values.items() if n not in lost}
+    return replace(measured, values=rows, weights={}, steps={}, alignment=None)
 
 
 def _add_ratios(subjects: list[Subject]) -> None:

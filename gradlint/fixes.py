@@ -32,6 +32,7 @@ _ACTIVATIONS: Mapping[str, str] = {
     "tanh": "Tanh",
     "softplus": "Softplus",
 }
+_MARKED = 1.0  # decades from which on a decay or growth decides what helps
 _CAUSE_OF: Mapping[str, Cause] = {op: cause for cause, operators in _OPERATORS.items() for op in operators.split()}
 
 
@@ -50,7 +51,7 @@ def choose_fixes(names: Sequence[str], subject: Subject, span: tuple[str, str] |
 
     `span` names the first and last layer where the finding is about several.
     """
-    cause = main_cause(subject.blame) if subject.blame else None
+    cause = main_cause(subject.blame) if abs(_change(subject)) >= _MARKED else None
     ordered = sorted(names, key=lambda name: REMEDIES[name].treats != cause)
     return tuple(Fix(name, write_fix(name, subject, span)) for name in ordered if _applies(name, subject))
 
@@ -86,8 +87,9 @@ def _applies_to_time(name: str, subject: Subject) -> bool:
 def _replaceable(subject: Subject) -> str | None:
     """The activation that another could take the place of: the one here, or, of those blamed, the worst."""
     here = present_activation(subject)
-    worst = _blamed(subject, "activation")
-    return worst[0].op_type if worst and subject.scope != "activation" and here in (None, "Relu") else here
+    if subject.scope == "activation" or here not in (None, "Relu") or main_cause(subject.blame) != "activation":
+        return here
+    return _blamed(subject, "activation")[0].op_type
 
 
 def _blamed(subject: Subject, cause: Cause) -> list[Blame]:
@@ -102,12 +104,19 @@ def _blamed(subject: Subject, cause: Cause) -> list[Blame]:
 
 def _rescales(name: str, subject: Subject) -> bool:
     """Another scale by more than a tenth, and towards the other side: larger weights where the gradient shrinks."""
-    factor, change = weight_factor(subject, name), sum(item.decades for item in subject.blame)
+    factor, change = weight_factor(subject, name), _change(subject)
+    if subject.scope != "recurrent" and _CAUSE_OF.get(str(subject.facts.get("op_type"))) == "time":
+        return False
     if factor is None:
         return name != "scale-init"
     if name == "xavier-init" and subject.facts.get("init_scheme") == "He":
         return False
-    return not 0.9 < factor < 1.1 and not (change < 0 and factor < 1) and not (change > 0 and factor > 1)
+    return not (0.9 < factor < 1.1 or (change <= -_MARKED and factor < 1) or (change >= _MARKED and factor > 1))
+
+
+def _change(subject: Subject) -> float:
+    """Decades between the outputs and here."""
+    return sum(item.decades for item in subject.blame)
 
 
 def write_fix(name: str, subject: Subject, span: tuple[str, str] | None = None) -> str:

@@ -1,7 +1,8 @@
 """From facts to findings: which rules hold where, one finding per cause, and the verdict.
 
 A rule judges the subjects of its scope one by one. Subjects it holds for, with no subject between that it judged sound,
-share one finding, which the worst of them speaks for. What can't be decided for want of a fact counts as not judged.
+share one finding, which the worst of them speaks for; where more than three findings of a rule would be left, they are
+one. What can't be decided for want of a fact counts as not judged.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from gradlint.message import message_facts, render_message
 from gradlint.results import LEVELS, Blame, Evidence, Finding, Level, Verdict
 from gradlint.rulebook import Rule, Rulebook
 
+_PLACES = 3  # places a rule names one by one; more of them share a cause, and a finding
 _NOUNS: dict[Scope, str] = {
     "model": "model",
     "layer": "layer",
@@ -90,6 +92,8 @@ def judge(
         quiet = [glob for glob, some in layer_ignores.items() if any(_matches(selector, rule) for selector in some)]
         scope = [subject for subject in known if subject.scope == rule.scope and not _is_named(subject, quiet)]
         groups, tallies[rule.name] = _hits(rule, scope)
+        if len(groups) > _PLACES:
+            groups = [[hit for group in groups for hit in group]]
         placed += [_finding(rule, group) for group in groups]
     placed = _point_to_causes(placed)
     placed.sort(key=lambda item: (LEVELS.index(item.finding.level), item.finding.code, item.order))

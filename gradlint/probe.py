@@ -96,6 +96,7 @@ class _Taps:
         self.outputs[kind, name] = value
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def probe(
     model: ir.Model,
     data: Data,

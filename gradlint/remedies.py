@@ -40,13 +40,19 @@ def places(subject: Subject, layer: str | None = None) -> dict[str, str]:
     kernel = subject.weight or _text(subject, "main_weight", "")
     layer = layer or (f"`{subject.layer}`" if subject.layer else "")
     unnamed = f"the weight before {layer}" if subject.scope == "activation" else "the weights"
-    activation = present_activation(subject) or "activation"
     return {
         "layer": layer or "the model",
         "kernel": f"`{kernel}`" if kernel else unnamed,
-        "activation": activation,
-        "before": f"the {activation} at {layer}" if layer else "the activations",
+        "activation": present_activation(subject) or "activation",
+        "before": _before(present_activation(subject), layer),
     }
+
+
+def _before(activation: str | None, layer: str) -> str:
+    """Where a normalisation goes."""
+    if not layer:
+        return "before the activations"
+    return f"before the {activation} at {layer}" if activation else f"behind {layer}"
 
 
 def present_activation(subject: Subject) -> str | None:
@@ -249,13 +255,13 @@ REMEDIES: dict[str, Remedy] = {
     # Normalisation
     "batch-norm": Remedy(
         "norm",
-        "Put a BatchNorm before {before}",
+        "Put a BatchNorm {before}",
         "nn.BatchNorm1d(features)  # BatchNorm2d behind a convolution",
         "layers.BatchNormalization()",
     ),
     "layer-norm": Remedy(
         "norm",
-        "Put a LayerNorm before {before}",
+        "Put a LayerNorm {before}",
         "nn.LayerNorm(features)",
         "layers.LayerNormalization()",
     ),

@@ -185,3 +185,12 @@ def test_labels_are_checked(target: np.ndarray, said: str) -> None:
 
 def test_token_labels() -> None:
     assert labels(np.zeros((4, 5), np.int32), (4, 5, 3), "d.npz", loss="cross-entropy").shape == (4, 5)
+
+
+def test_a_one_hot_code_written_out_bounds_its_ids() -> None:
+    graph = graph_of(
+        "(int64[N, 50] ids) => (float[N, 50, 7] y)",
+        "u = Unsqueeze(ids, last) e = Equal(u, classes) y = Cast<to = 1>(e)",
+        "<int64[1] last = {2}, int64[1, 1, 7] classes = {0, 1, 2, 3, 4, 5, 6}>",
+    )
+    assert set(synthetic(graph, 0)["ids"].reshape(-1)) == {2, 3, 4, 5, 6}

@@ -154,6 +154,21 @@ def test_a_sound_layer_parts_groups_and_an_unknown_one_does_not() -> None:
     assert len(judge(chain(-4.0, None, -4.0), BOOK, select=CHAIN).findings) == 1
 
 
+def test_more_than_three_places_share_one_finding() -> None:
+    assert len(judge(chain(-4.0, -1.0, -4.0, -1.0, -4.0), BOOK, select=CHAIN).findings) == 3
+    found = only(judge(chain(-4.0, -1.0, -4.0, -1.0, -4.0, -1.0, -4.5), BOOK, select=CHAIN))
+    assert found.message.endswith("; and 3 more layers, layers.0 to layers.6")
+
+
+def test_a_trained_model_on_made_up_inputs_is_warned_about_and_told_why() -> None:
+    model = Subject("model", facts={"stage": "trained", "data_given": False})
+    found = only(judge([model, *chain(-4.0)], BOOK, select=CHAIN))
+    assert found.level == "warning"
+    assert "judged on made-up inputs" in found.message
+    proved = subject(trunk_decades=-4.0, evidence="proved")
+    assert only(judge([model, proved], BOOK, select=CHAIN)).level == "error"
+
+
 def test_groups_follow_the_graph_whatever_order_subjects_come_in() -> None:
     subjects = chain(-4.0, -1.0, -3.5)
     assert judge(subjects, BOOK) == judge(subjects[::-1], BOOK)
@@ -356,6 +371,49 @@ def test_what_is_there_already_is_no_fix() -> None:
     names = ("relu", "elu", "batch-norm", "skip-connections", "scale-init")
     here = {"next_activation": "Relu", "follows_norm": True, "has_skip": True}
     assert [fix.name for fix in choose_fixes(names, Subject("layer", "a", facts=here))] == ["elu"]
+
+
+def chosen_fixes(names: tuple[str, ...], *blame: Blame, scope: Scope = "layer", **facts: Fact) -> dict[str, str]:
+    return {f.name: f.text for f in choose_fixes(names, Subject(scope, "a", facts=facts, blame=blame))}
+
+
+def test_no_activation_is_replaced_where_there_is_none() -> None:
+    assert chosen_fixes(("relu", "selu"), next_activation="Identity") == {}
+    assert set(chosen_fixes(("relu", "selu"))) == {"relu", "selu"}
+
+
+def test_the_blamed_activation_is_named_where_the_next_one_is_a_relu() -> None:
+    sigmoids = (Blame("act.3", "Sigmoid", -2.0), Blame("act.5", "Sigmoid", -2.0))
+    texts = chosen_fixes(("relu",), *sigmoids, next_activation="Relu")
+    assert texts["relu"].startswith("Replace the Sigmoid at `act.3` to `act.5` by ReLU")
+
+
+def test_a_scale_that_fits_or_would_make_it_worse_is_no_fix() -> None:
+    names, kernel = ("he-init", "scale-init"), {"fan_in": 200.0, "weight_rms": 0.1}
+    assert set(chosen_fixes(names, **kernel, init_factor=1.05)) == set()
+    decay, growth = Blame("n", "Gemm", -3.0), Blame("n", "Gemm", 3.0)
+    assert set(chosen_fixes(names, decay, fan_in=200.0, weight_rms=0.2, init_factor=0.5)) == set()
+    assert set(chosen_fixes(names, growth, fan_in=200.0, weight_rms=0.2, init_factor=0.5)) == set(names)
+    assert set(chosen_fixes(names, growth, fan_in=200.0, weight_rms=0.02, init_factor=5.0)) == set()
+
+
+def test_cells_are_not_advised_to_themselves_and_gates_only_to_their_cell() -> None:
+    names = ("lstm", "gru", "forget-bias", "update-bias")
+    assert set(chosen_fixes(names, scope="recurrent", cell="RNN")) == {"lstm", "gru"}
+    assert set(chosen_fixes(names, scope="recurrent", cell="LSTM")) == {"gru", "forget-bias"}
+    assert set(chosen_fixes(names, scope="recurrent", cell="GRU")) == {"lstm", "update-bias"}
+    texts = chosen_fixes(("lstm",), Blame("rnn", "RNN", -4.0), op_type="Conv")
+    assert texts["lstm"].startswith("Replace the recurrence at `rnn` by an LSTM")
+
+
+def test_residual_scale_needs_residuals() -> None:
+    assert chosen_fixes(("residual-scale",), residual_additions=0.0) == {}
+    assert "by 0.25" in chosen_fixes(("residual-scale",), residual_additions=16.0)["residual-scale"]
+
+
+def test_one_place_is_named_once() -> None:
+    text = write_fix("batch-norm", Subject("layer", "a", facts={"next_activation": "Tanh"}), ("a", "a"))
+    assert text.startswith("Put a BatchNorm before the Tanh at `a`.")
 
 
 def test_fix_names_the_whole_span_of_a_group() -> None:

@@ -96,8 +96,8 @@ def mlp(
     half: bool = False,
     seed: int = 0,
 ) -> onnx.ModelProto:
-    """`depth` hidden layers `layers.i` (Gemm) and `act.i`, and a linear head; `kernels`: kinds of the first kernels, the
-    head's behind those of the hidden layers."""
+    """`depth` hidden layers `layers.i` (Gemm) and `act.i`, and a linear head; `kernels`: kinds of the first kernels,
+    the head's behind those of the hidden layers."""
     graph, value, size = _Graph(seed), "x", inputs
     for i in range(depth):
         below = value

@@ -193,4 +193,4 @@ def test_a_one_hot_code_written_out_bounds_its_ids() -> None:
         "u = Unsqueeze(ids, last) e = Equal(u, classes) y = Cast<to = 1>(e)",
         "<int64[1] last = {2}, int64[1, 1, 7] classes = {0, 1, 2, 3, 4, 5, 6}>",
     )
-    assert set(synthetic(graph, 0)["ids"].reshape(-1)) == {2, 3, 4, 5, 6}
+    assert set(synthetic(graph, 0, {})["ids"].reshape(-1)) == {2, 3, 4, 5, 6}

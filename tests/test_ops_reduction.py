@@ -1,6 +1,7 @@
 """Sums, means, extremes and norms over axes."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,11 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from gradlint.binding import Dims
+from gradlint.canonical import canonicalize
+from gradlint.domain import Moments
+from gradlint.estimate import estimate
+from gradlint.load import from_proto
 from gradlint.reverse import differentiate
 from gradlint.testing import Activation, check_op
 
@@ -94,3 +100,27 @@ def test_extremes(op: str, over: np.ndarray | None, attributes: Mapping[str, Any
 def test_top_k(largest: int, axis: int, k: int) -> None:
     x = Activation((8, 6, 4, 5), mean=0.3)
     check_op("TopK", x, np.array([k], np.int64), outputs=2, axis=axis, largest=largest)
+
+
+@pytest.mark.parametrize("exclusive", [0, 1])
+def test_running_product_estimate(exclusive: int) -> None:
+    """Against drawn products (onnxruntime has no kernel to run)."""
+    node = onnx.helper.make_node("CumProd", ["x", "axis"], ["y"], exclusive=exclusive)
+    info = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (8, 4)) for name in ("x", "y")]
+    axis = onnx.numpy_helper.from_array(np.array(1), "axis")
+    graph = onnx.helper.make_graph([node], "g", info[:1], info[1:], [axis])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 26)], ir_version=12)
+    loaded = from_proto(model, "model", Path("."))
+    canonicalize(loaded, Dims())
+    found = estimate(loaded.graph, batch=8, inputs={"x": Moments.normal(2, 0.5, 0.36)})
+    assert not found.unmodelled
+    rng = np.random.default_rng(0)
+    x = rng.normal(0.5, 0.6, (200000, 4))
+    y = np.cumprod(x, axis=1)
+    y = np.concatenate([np.ones((len(y), 1)), y[:, :-1]], axis=1) if exclusive else y
+    after = np.cumsum((rng.standard_normal(y.shape) * y)[:, ::-1], axis=1)[:, ::-1]
+    dx = (np.concatenate([after[:, 1:], np.zeros((len(y), 1))], axis=1) if exclusive else after) / x
+    moments, gradient = found.moments[loaded.graph.outputs[0]], found.gradients[loaded.graph.inputs[0]]
+    assert float(moments.mean.mean()) == pytest.approx(y.mean(), rel=0.03)
+    assert float(moments.second.mean()) == pytest.approx(np.square(y).mean(), rel=0.05)
+    assert float(gradient.total.mean()) == pytest.approx(np.square(dx).mean(), rel=0.05)

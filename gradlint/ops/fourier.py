@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from gradlint.backward import Backward, Unsupported
-from gradlint.graph import attribute, constant_array
-from gradlint.transfer import row
+from gradlint.domain import Gradient, Moments, mean_over
+from gradlint.graph import attribute, constant_array, dims
+from gradlint.transfer import Context, row
 
 Values = Sequence[ir.Value | None]
 
@@ -69,4 +70,55 @@ def _fitted(b: Backward, d: ir.Value, axis: int, size: int, wanted: int) -> ir.V
     return d
 
 
-row("DFT", vjp=dft_vjp)
+def _sizes(ctx: Context, node: ir.Node) -> tuple[int, int, int, float] | None:
+    """Axis, samples that enter, bins that leave, and the square of the transform's scale; None where not known."""
+    shape, out = dims(node.inputs[0]), dims(node.outputs[0])
+    given = node.inputs[2] if len(node.inputs) > 2 else None
+    index = np.array(-2) if given is None else ctx.array(given)
+    if (
+        shape is None
+        or out is None
+        or index is None
+        or (attribute(node, "inverse", 0) and attribute(node, "onesided", 0))
+    ):
+        return None
+    axis = int(index.reshape(-1)[0]) % len(shape)
+    length = ctx.array(node.inputs[1]) if len(node.inputs) > 1 else None
+    full = shape[axis] if length is None else int(length.reshape(-1)[0])
+    scale = 1.0 / full**2 if attribute(node, "inverse", 0) else 1.0
+    return axis, min(full, shape[axis]), out[axis], scale
+
+
+def dft_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
+    """E[y^2] of a part (real or imaginary) is half the energy of the samples (Parseval), averaged over the bins.
+
+    The share of a constant mean goes into `fixed`: it stands in the first bin alone.
+    """
+    x, sizes, shape = xs[0], _sizes(ctx, node), dims(node.inputs[0])
+    if x is None or sizes is None or shape is None:
+        return (None,)
+    axis, samples, _, scale = sizes
+    energy = 0.5 * shape[-1] * samples * scale
+    m = x.map(lambda a: mean_over(a, shape, (axis, len(shape) - 1)))
+    square = mean_over(x.mean**2, shape, (axis, len(shape) - 1))
+    return (Moments(0 * m.mean, energy * (square + m.fixed), 0 * m.shared, energy * (m.shared + m.local)),)
+
+
+def dft_pullback(
+    ctx: Context,
+    node: ir.Node,
+    xs: Sequence[Moments | None],
+    ys: Sequence[Moments | None],
+    gs: Sequence[Gradient | None],
+) -> Sequence[Gradient | None]:
+    """Each sample gathers all bins: the sum over them of q cos^2 and q sin^2, averaged over samples and parts."""
+    g, sizes, shape, out = gs[0], _sizes(ctx, node), dims(node.inputs[0]), dims(node.outputs[0])
+    none = (None,) * (len(node.inputs) - 1)
+    if g is None or sizes is None or shape is None or out is None:
+        return None, *none
+    axis, samples, bins, scale = sizes
+    total = mean_over(g.total, out, (axis, len(out) - 1)) * bins * scale * samples / shape[axis]
+    return Gradient(0 * total, total), *none
+
+
+row("DFT", moments=dft_moments, pullback=dft_pullback, vjp=dft_vjp)

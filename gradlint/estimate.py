@@ -8,7 +8,7 @@ asks for them. The linear loss with standard normal targets is assumed: the seco
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -258,13 +258,12 @@ def _bounds(ctx: Context, graph: ir.Graph, found: dict[ir.Value, Range]) -> dict
         live = [o for o in node.outputs if o in bounds or o in unknown]
         if not live:
             continue
-        rule = BOUND.get(op(node))
-        factors = (
-            rule(ctx, node, [_interval(ctx, found, v) for v in node.inputs], [found.get(o) for o in node.outputs])
-            if rule
-            else ()
-        )
         above = None if any(o in unknown for o in live) else math.hypot(*(bounds[o] for o in live))
+        rule = None if above is None else BOUND.get(op(node))  # a norm nobody can use is not computed
+        factors: Sequence[float | None] = ()
+        if rule is not None:
+            xs, ys = [_interval(ctx, found, v) for v in node.inputs], [found.get(o) for o in node.outputs]
+            factors = rule(ctx, node, xs, ys)
         for k, value in enumerate(node.inputs):
             if value is None or not is_float(value) or not ctx.varies(value) or op(node) in BLOCKED:
                 continue

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from gradlint.ops.linear import operator_norm
 from gradlint.testing import Activation, check_op
 
 RNG = np.random.default_rng(1)
@@ -61,3 +62,10 @@ def test_gemm(attributes: dict[str, float]) -> None:
 
 def test_gemm_transposed_input() -> None:
     check_op("Gemm", Activation((8, 12)), normal(8, 7), normal(12, 1), transA=1, moments=None, pullback=None)
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (600, 700), (1024, 1024)])
+def test_the_operator_norm_is_an_upper_bound_within_a_decade(shape: tuple[int, int]) -> None:
+    w = normal(*shape, std=shape[0] ** -0.5)
+    true = float(np.linalg.norm(w.astype(np.float64), 2))
+    assert true <= operator_norm(w) < 10 * true

@@ -294,32 +294,13 @@ def _proved(node: ir.Node, proof: Proof, cotangent: float) -> dict[str, Any]:
     return found
 
 
+_EXPECTED = (
+    "output_mean", "output_std", "signal", "slope", "saturated", "dead", "grad_rms", "grad_norm", "decades", "gain",
+)  # fmt: skip
 _REPORTED: Mapping[Evidence, tuple[str, ...]] = {
     "proved": ("output_range", "grad_norm"),
-    "estimated": (
-        "output_mean",
-        "output_std",
-        "signal",
-        "slope",
-        "saturated",
-        "dead",
-        "grad_rms",
-        "grad_norm",
-        "decades",
-        "gain",
-    ),
-    "measured": (
-        "output_mean",
-        "output_std",
-        "signal",
-        "slope",
-        "saturated",
-        "dead",
-        "grad_rms",
-        "grad_norm",
-        "decades",
-        "gain",
-    ),
+    "estimated": _EXPECTED,
+    "measured": _EXPECTED,
 }
 
 

@@ -109,11 +109,11 @@ def operator_norm(w: np.ndarray) -> float:
     min of the Frobenius norm and sqrt(norm_1 norm_inf); up to 2^22 elements also the square root of the Gram matrix's
     Frobenius norm, (sum of sigma^4)^(1/4) (Delattre et al. 2023, one step); for small matrices the exact value.
     """
-    a = np.abs(w.astype(np.float64)) if w.size <= 1 << 24 else np.abs(w)
     if max(w.shape[-2:]) <= 512 and w.ndim == 2:
         if not np.isfinite(w).all():
             return math.inf
         return float(np.linalg.norm(w.astype(np.float64), 2)) * (1 + 1e-9)
+    a = np.abs(w.astype(np.float64)) if w.size <= 1 << 24 else np.abs(w)
     frobenius = np.sqrt(np.square(a).sum(axis=(-2, -1)))
     norm = float(np.max(np.minimum(frobenius, np.sqrt(a.sum(axis=-2).max(axis=-1) * a.sum(axis=-1).max(axis=-1)))))
     if w.ndim == 2 and w.size <= 1 << 22 and np.isfinite(norm):

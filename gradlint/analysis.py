@@ -250,7 +250,6 @@ def _probe(
         mode=options.mode,
         seed=options.seed,
         threads=options.threads,
-        timeout=options.timeout,
     )
     return found, origin
 

@@ -1,0 +1,99 @@
+"""The report's figures from the sums that left the session."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.graph import dims
+from gradlint.taps import Taps, batch_axis
+
+Table = dict[str, dict[str, float]]
+
+
+def statistics(
+    taps: Taps,
+    sums: Mapping[tuple[str, str], np.ndarray],
+    values: Mapping[str, ir.Value],
+    factor: int,
+    batch: int,
+    chunks: int,
+) -> tuple[Table, Table, dict[str, np.ndarray], float]:
+    """The report's figures. factor: squared norm of a per-example gradient over that of the batch loss's."""
+    rows: Table = {}
+    weights: Table = {}
+    steps: dict[str, np.ndarray] = {}
+    cotangent = 0.0
+    for (kind, name), total in sums.items():
+        if kind == "seed":
+            cotangent += factor * float(total)
+        elif kind == "steps":
+            steps[name] = np.sqrt(factor * total)
+        elif kind == "grad":
+            shape = dims(values[name]) or ()
+            each = math.prod(shape) / (batch if batch_axis(shape, batch) is not None else 1)
+            norm = math.sqrt(factor * float(total)) if math.isfinite(float(total)) else math.inf
+            rows.setdefault(name, {}).update(grad_norm=norm, grad_rms=norm / math.sqrt(max(1.0, each)))
+        elif kind == "square":
+            rows.setdefault(name, {}).update(_spread(name, sums, math.prod(dims(values[name]) or ()), batch, chunks))
+        elif kind == "peak":
+            between = float(sums["logits", name] - sums["center", name]) / chunks
+            spread = math.sqrt(max(0.0, between)) if math.isfinite(between) else math.inf
+            rows.setdefault(name, {}).update(max_probability=float(total) / chunks, logit_std=spread)
+        elif kind == "slope":
+            rows.setdefault(name + ACTIVATION, {}).update(_slopes(name, sums, taps, chunks))
+        elif kind in ("wgrad", "whole"):
+            weights[name] = _weight(kind, name, sums, math.prod(dims(values[name]) or ()))
+    return rows, weights, steps, math.sqrt(cotangent)
+
+
+ACTIVATION = "\0activation"  # activation figures are kept under the node's name, apart from values
+
+
+def _spread(
+    name: str, sums: Mapping[tuple[str, str], np.ndarray], size: int, batch: int, chunks: int
+) -> dict[str, float]:
+    """Mean, standard deviation and signal; the variance over examples is freed of the bias of a finite batch."""
+    square = float(sums["square", name]) / max(1, size * chunks)
+    mean = float(sums["mean", name]) / chunks
+    found = {
+        "output_mean": mean,
+        "output_std": math.sqrt(max(0.0, square - mean**2)) if math.isfinite(square) else math.inf,
+    }
+    common = sums.get(("common", name))
+    if common is not None and chunks == 1 and math.isfinite(square):
+        between = (square - float(common) * batch / max(1, size)) * batch / (batch - 1)
+        found["signal"] = math.sqrt(max(0.0, between) / square) if square > 0 else 0.0
+    return found
+
+
+def _slopes(name: str, sums: Mapping[tuple[str, str], np.ndarray], taps: Taps, chunks: int) -> dict[str, float]:
+    slope = sums["slope", name] / chunks
+    flat = float((sums["flat", name] / chunks).mean())
+    return {
+        "slope": math.sqrt(float(slope.mean())),
+        "saturated": float((sums["saturated", name] / chunks).mean()),
+        "flat": flat,
+        "fully_saturated": flat,
+        "dead": float((slope == 0).mean()),
+        "samples_per_unit": taps.samples[name] * chunks,
+    }
+
+
+def _weight(kind: str, name: str, sums: Mapping[tuple[str, str], np.ndarray], size: int) -> dict[str, float]:
+    if kind == "whole":
+        g = sums["whole", name]
+        return {
+            "grad_rms": float(np.sqrt(np.mean(np.square(g)))),
+            "grad_mean_abs": float(np.mean(np.abs(g))),
+            "zero_share": float(np.mean(g == 0)),
+        }
+    square = float(sums["wgrad", name])
+    return {
+        "grad_rms": math.sqrt(square / max(1, size)) if math.isfinite(square) else math.inf,
+        "grad_mean_abs": float(sums["wabs", name]) / max(1, size),
+        "zero_share": float(sums["wzero", name]),
+    }

@@ -1,0 +1,93 @@
+"""The loss of a training step: its gradient at the outputs, built in the graph."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.backward import Backward
+from gradlint.data import Arrays, Data, labels, linear_targets
+from gradlint.exceptions import DataError
+from gradlint.graph import dims, is_float, op
+from gradlint.options import Loss
+
+
+def seeds_of(
+    b: Backward, graph: ir.Graph, data: Data, loss: Loss, seed: int, scale: ir.Value, batch: int, chunks: int
+) -> tuple[dict[ir.Value, ir.Value], Arrays, list[ir.Value]]:
+    """The cotangent of each output under the loss, built in the graph; the arrays to feed (all chunks); and the
+    cross-entropy itself, per output that has a target."""
+    outputs = [o for o in dict.fromkeys(graph.outputs) if is_float(o)]
+    seeds: dict[ir.Value, ir.Value] = {}
+    feeds: Arrays = dict(data.inputs)
+    if loss == "linear":
+        shapes = {str(o.name): _whole(dims(o), chunks) for o in outputs}
+        for output, (name, target) in zip(outputs, linear_targets(shapes, data, seed).items(), strict=True):
+            feeds[f"gradlint.target.{name}"] = target / np.float32(math.sqrt(batch * chunks))
+            seeds[output] = b.op("Mul", _target(graph, name, dims(output) or (), ir.DataType.FLOAT), scale)
+        return seeds, feeds, []
+    pairs = [
+        (o, t)
+        for k, o in enumerate(outputs)
+        if (t := data.targets.get(str(o.name), data.targets.get("") if k == 0 else None)) is not None
+    ]
+    if not pairs:
+        raise DataError(f"the loss {loss} needs a target: put an array 'target' into --data (or 'target.OUTPUT')")
+    losses = []
+    for output, given in pairs:
+        logits = _logits(output, loss)
+        shape = dims(logits) or ()
+        whole = _whole(shape, chunks)
+        kind = ir.DataType.INT64 if loss == "cross-entropy" else ir.DataType.FLOAT
+        feeds[f"gradlint.target.{output.name}"] = labels(given, whole, data.origin, loss=loss)
+        wanted = _target(graph, str(output.name), shape[:-1] if loss == "cross-entropy" else shape, kind)
+        seeds[logits] = b.op("Mul", _loss_gradient(b, loss, logits, wanted, whole), scale)
+        if loss == "cross-entropy":
+            losses.append(_cross_entropy(b, logits, wanted, whole))
+    return seeds, feeds, losses
+
+
+def _whole(shape: tuple[int, ...] | None, chunks: int) -> tuple[int, ...]:
+    assert shape is not None
+    return (shape[0] * chunks, *shape[1:]) if shape else shape
+
+
+def _target(graph: ir.Graph, name: str, shape: tuple[int, ...], kind: ir.DataType) -> ir.Value:
+    value = ir.Value(name=f"gradlint.target.{name}", shape=ir.Shape(shape), type=ir.TensorType(kind))
+    graph.inputs.append(value)
+    return value
+
+
+def _logits(output: ir.Value, loss: Loss) -> ir.Value:
+    """What the loss acts on: the model is cut before a final Softmax or Sigmoid (never the log of a softmax)."""
+    node = output.producer()
+    heads = {"cross-entropy": ("Softmax", "LogSoftmax"), "bce": ("Sigmoid",)}.get(loss, ())
+    return node.inputs[0] if node is not None and op(node) in heads and node.inputs[0] is not None else output
+
+
+def _loss_gradient(b: Backward, loss: Loss, y: ir.Value, target: ir.Value, whole: tuple[int, ...]) -> ir.Value:
+    """dL/dy: softmax(y) - onehot, sigmoid(y) - t (means over examples), 2 (y - t) (mean over elements)."""
+    if loss == "cross-entropy":
+        hot = _onehot(b, target, whole)
+        return b.op(
+            "Div", b.op("Sub", b.op("Softmax", y, axis=-1), hot), b.scalar(float(max(1, math.prod(whole[:-1]))), y)
+        )
+    count = float(max(1, math.prod(whole)))
+    if loss == "bce":
+        return b.op("Div", b.op("Sub", b.op("Sigmoid", y), target), b.scalar(count, y))
+    return b.op("Mul", b.op("Sub", y, target), b.scalar(2.0 / count, y))
+
+
+def _onehot(b: Backward, target: ir.Value, whole: tuple[int, ...]) -> ir.Value:
+    depth, ends = b.constant([whole[-1]]), b.constant([0.0, 1.0], np.float32)
+    return b.op("OneHot", target, depth, ends, dtype=ir.DataType.FLOAT, axis=-1)
+
+
+def _cross_entropy(b: Backward, y: ir.Value, target: ir.Value, whole: tuple[int, ...]) -> ir.Value:
+    """-log softmax(y)[target], the part of this run in the mean over all examples."""
+    chosen = b.op("Mul", b.op("LogSoftmax", y, axis=-1), _onehot(b, target, whole))
+    return b.op(
+        "Div", b.op("Neg", b.op("ReduceSum", chosen, keepdims=0)), b.scalar(float(max(1, math.prod(whole[:-1]))), y)
+    )

@@ -1,0 +1,145 @@
+"""One session of onnxruntime for a graph, and its runs.
+
+Gradients that are too small (or too large) for their squares to be float32 numbers are measured again with the
+cotangent scaled by a power of two: the backward pass is linear in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from gradlint.data import Arrays
+from gradlint.taps import Taps
+
+SCALE = "gradlint.scale"
+_SCALES = (0, 60, 100, -60)  # powers of two the cotangent is tried with
+_SAFE = (1e-24, 1e30)  # sums of squares that float32 holds with full precision
+
+
+def _onnxruntime() -> Any:
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    return onnxruntime
+
+
+def runtime_errors() -> tuple[type[Exception], ...]:
+    errors = _onnxruntime().capi.onnxruntime_pybind11_state
+    names = (
+        "Fail",
+        "InvalidArgument",
+        "NotImplemented",
+        "RuntimeException",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "NoSuchFile",
+        "EPFail",
+    )
+    return tuple(getattr(errors, n) for n in names if hasattr(errors, n))
+
+
+def session_of(model: ir.Model, graph: ir.Graph, threads: int) -> Any:
+    """A session for `graph`; its weights are handed over where they lie, not copied."""
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    read = {v for n in graph.all_nodes() for v in n.inputs} | set(graph.outputs)
+    for name in [n for n, v in graph.initializers.items() if v not in read]:
+        del graph.initializers[name]  # onnxruntime refuses a weight handed over for nothing
+    arrays: dict[str, np.ndarray] = {}
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > 4096:
+            arrays[str(value.name)] = np.ascontiguousarray(tensor.numpy())
+        elif isinstance(tensor, ir.ExternalTensor):  # small: onnxruntime wants it in the model
+            value.const_value = ir.Tensor(np.array(tensor.numpy()), name=value.name)
+    proto = _proto(model, graph, arrays)
+    held = [ort.OrtValue.ortvalue_from_numpy(a) for a in arrays.values()]
+    if held:
+        options.add_external_initializers(list(arrays), held)
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _proto(model: ir.Model, graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """The model with large weights declared external: they come by reference."""
+    for name, array in arrays.items():
+        value = graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.ExternalTensor(
+            "weights", 0, array.nbytes, value.const_value.dtype, shape=ir.Shape(array.shape), name=name
+        )
+    return ir.to_proto(ir.Model(graph, ir_version=max(10, model.ir_version or 10)))
+
+
+def run(session: Any, taps: Taps, feeds: Arrays, chunks: int) -> dict[tuple[str, str], np.ndarray]:
+    """Every tap in float64; squares that left float32's safe range come from a run with scaled cotangent."""
+    best: dict[tuple[str, str], np.ndarray] = {}
+    doubtful: set[tuple[str, str]] = set()
+    for power in _SCALES:
+        got = _finished(dict(zip(taps.outputs, _run_once(session, feeds, chunks, power), strict=True)))
+        if power == 0:
+            best = dict(got)
+            doubtful = {key for key in got if key[0] in _DEGREE}
+        for key in [k for k in got if k in doubtful and _held(got[k])]:
+            best[key] = got[key] * 2.0 ** (-power * _DEGREE[key[0]])
+            doubtful.discard(key)
+        if not any(_out_of_range(got[k]) for k in doubtful):
+            break
+    return best
+
+
+def _finished(got: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+    """Reductions that are completed here: rows of a weight are summed, small averages over examples reduced."""
+    for (kind, name), array in list(got.items()):
+        if kind in ("wgrad", "wabs"):
+            got[kind, name] = array.sum()
+        elif kind == "average":
+            got["mean", name], got["common", name] = array.mean(), np.square(array).sum()
+            del got[kind, name]
+    return got
+
+
+# How a tap grows with the cotangent: squares by its square.
+_DEGREE = {"grad": 2, "wgrad": 2, "wabs": 1, "steps": 2, "seed": 2, "whole": 1}
+
+
+def _held(array: np.ndarray) -> bool:
+    """Is every number one that float32 squares hold?"""
+    return bool(
+        np.isfinite(array).all() and array.size and np.abs(array).min() >= _SAFE[0] and np.abs(array).max() <= _SAFE[1]
+    )
+
+
+def _out_of_range(array: np.ndarray) -> bool:
+    """Is there a sign of underflow or overflow? (Exact zeros alone are no sign: many gradients are zero.)"""
+    size = np.abs(array)
+    return bool((~np.isfinite(array)).any() or ((size > 0) & (size < _SAFE[0])).any() or (size > _SAFE[1]).any())
+
+
+def _run_once(session: Any, feeds: Arrays, chunks: int, power: int) -> list[np.ndarray]:
+    """All outputs, summed over chunks, in float64."""
+    total: list[np.ndarray] = []
+    shapes = {i.name: i.shape for i in session.get_inputs()}
+    for k in range(chunks):
+        feed = {n: part(a, k, shapes[n]) for n, a in feeds.items() if n in shapes}
+        if SCALE in shapes:
+            feed[SCALE] = np.asarray(2.0**power, np.float32)
+        results = [np.asarray(r, np.float64) for r in session.run(None, feed)]
+        total = [a + r for a, r in zip(total, results, strict=True)] if total else results
+    return total
+
+
+def part(array: np.ndarray, k: int, shape: Sequence[int | str]) -> np.ndarray:
+    for axis, want in enumerate(shape):
+        if isinstance(want, int) and array.shape[axis] != want:
+            return np.take(array, range(k * want, (k + 1) * want), axis=axis)
+    return array

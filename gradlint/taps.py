@@ -1,0 +1,156 @@
+"""Reductions asked of the session: what leaves it, and what each is called."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from gradlint.backward import Backward
+from gradlint.graph import dims, is_float, op
+from gradlint.ops.activation import FLAT, LOST
+from gradlint.transfer import VJP, derivative
+
+_SAMPLE = 1 << 16  # elements that shares of an activation or a weight are counted on
+_SMALL = 1 << 12  # elements of a gradient that three reductions would cost more than it does
+
+
+@dataclass
+class Taps:
+    """Reductions asked of the session: each becomes one output, named by what it measures."""
+
+    b: Backward
+    outputs: dict[tuple[str, str], ir.Value] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)  # per unit of an activation, by its name
+
+    def add(self, kind: str, name: str, value: ir.Value) -> None:
+        self.outputs[kind, name] = value
+
+
+def tap_value(taps: Taps, name: str, value: ir.Value, g: ir.Value | None, batch: int) -> None:
+    b = taps.b
+    if g is not None:
+        taps.add("grad", name, b.op("ReduceSumSquare", g, keepdims=0))
+    shape = dims(value)
+    if not is_float(value) or shape is None or value.is_graph_input():
+        return
+    taps.add("square", name, b.op("ReduceSumSquare", value, keepdims=0))
+    axis = batch_axis(shape, batch)
+    if axis is None or batch == 1:
+        taps.add("mean", name, b.op("ReduceMean", value, keepdims=0))
+        return
+    if axis == 0:  # a row of ones times a matrix takes a tenth of ReduceMean's time
+        rows = b.op("Reshape", value, b.constant([batch, -1]))
+        average = b.op("MatMul", b.constant(np.full(batch, 1 / batch), np.float32), rows)
+    else:
+        average = b.op("ReduceMean", value, b.constant([axis]), keepdims=0)
+    if math.prod(shape) <= batch * _SMALL:
+        taps.add("average", name, average)
+        return
+    taps.add("mean", name, b.op("ReduceMean", average, keepdims=0))
+    taps.add("common", name, b.op("ReduceSumSquare", average, keepdims=0))
+
+
+def tap_attention(taps: Taps, name: str, weights: ir.Value, logits: ir.Value) -> None:
+    """Per query the largest weight, and the mean and mean square of the logits over keys; averaged over queries."""
+    b, last = taps.b, taps.b.constant([-1])
+    taps.add("peak", name, b.op("ReduceMean", b.op("ReduceMax", weights, last, keepdims=0), keepdims=0))
+    center = b.op("ReduceMean", logits, last, keepdims=0)
+    taps.add("center", name, b.op("ReduceMean", b.op("Mul", center, center), keepdims=0))
+    taps.add("logits", name, b.op("ReduceMean", b.op("Mul", logits, logits), keepdims=0))
+
+
+def tap_gram(taps: Taps, value: ir.Value, batch: int) -> None:
+    """Inner products of the examples' values, (B, B)."""
+    b, shape = taps.b, dims(value)
+    axis = None if shape is None else batch_axis(shape, batch)
+    if axis is None or shape is None:
+        return
+    if axis == 1:
+        value = b.op("Transpose", value, perm=[1, 0, *range(2, len(shape))])
+    rows = b.op("Reshape", value, b.constant([batch, -1]))
+    taps.add("gram", "features", b.op("Gemm", rows, rows, transB=1))
+
+
+def batch_axis(shape: tuple[int, ...], batch: int) -> int | None:
+    """The axis examples lie along: the one of the batch's size, else axis 0 where the batch is folded into it."""
+    for axis in (0, 1):
+        if axis < len(shape) and shape[axis] == batch:
+            return axis
+    return 0 if shape and batch > 0 and shape[0] % batch == 0 else None
+
+
+def tap_weight(taps: Taps, name: str, weight: ir.Value, g: ir.Value, *, whole: bool) -> None:
+    """Squares and absolute values of all elements, the share of zeros on a sample; a small gradient leaves as it is."""
+    b = taps.b
+    if whole or math.prod(dims(weight) or ()) <= _SMALL:
+        taps.add("whole", name, g)
+        return
+    rows = b.constant(list(range(1, len(weight.shape or ()))))  # a sum per row: 1e8 squares in one float32 lose digits
+    taps.add("wgrad", name, b.op("ReduceSumSquare", g, rows, keepdims=0, noop_with_empty_axes=0))
+    taps.add("wabs", name, b.op("ReduceL1", g, rows, keepdims=0, noop_with_empty_axes=0))
+    size = math.prod(dims(weight) or ())
+    if size > _SAMPLE:
+        g = b.op(
+            "Slice", b.op("Reshape", g, b.constant([-1])), *(b.constant([k]) for k in (0, size, 0, -(-size // _SAMPLE)))
+        )
+    zero = b.op("Equal", g, b.scalar(0.0, g), dtype=ir.DataType.BOOL)
+    taps.add("wzero", name, b.op("ReduceMean", b.op("Cast", zero, dtype=ir.DataType.FLOAT, to=1), keepdims=0))
+
+
+def tap_activation(taps: Taps, name: str, node: ir.Node, unit_axis: int) -> None:
+    """Per unit: mean squared slope, and the shares of saturated and of flat slopes, on a sample of the positions."""
+    b, z = taps.b, node.inputs[0]
+    shape = dims(z)
+    if z is None or not shape:
+        return
+    axis = unit_axis % len(shape)
+    sample = _some_positions(b, z, shape, axis)
+    attributes = {k: a.value for k, a in node.attributes.items()}
+    sampled = b.op(node.op_type, sample, *node.inputs[1:], domain=node.domain, **attributes).producer()
+    assert sampled is not None
+    b.needs.add(sample)
+    slopes = VJP[op(node)](b, sampled, [b.scalar(1.0, z)])[0]
+    if slopes is None:
+        return
+    seen = dims(sample) or shape
+    taps.samples[name] = math.prod(n for a, n in enumerate(seen) if a != axis)
+    axes = b.constant([a for a in range(len(shape)) if a != axis])
+    taps.add("slope", name, b.op("ReduceMean", b.op("Mul", slopes, slopes), axes, keepdims=0))
+    steepest = derivative(op(node), node)[2]
+    for kind, threshold in (("saturated", FLAT * (steepest or 0.0)), ("flat", LOST)):
+        low = b.op("Less", b.op("Abs", slopes), b.scalar(threshold, z), dtype=ir.DataType.BOOL)
+        taps.add(kind, name, b.op("ReduceMean", b.op("Cast", low, dtype=ir.DataType.FLOAT, to=1), axes, keepdims=0))
+
+
+def _some_positions(b: Backward, z: ir.Value, shape: tuple[int, ...], axis: int) -> ir.Value:
+    """z at evenly spaced positions, all examples and units, so that about _SAMPLE elements remain."""
+    excess = math.prod(shape) / _SAMPLE
+    steps = [1] * len(shape)
+    for a in reversed(range(1, len(shape))):
+        if a != axis and excess > 1:
+            steps[a] = min(shape[a], math.ceil(excess ** (1.0 / max(1, sum(k not in (0, axis) for k in range(a + 1))))))
+            excess /= steps[a]
+    cut = [a for a, step in enumerate(steps) if step > 1]
+    if not cut:
+        return z
+    starts, ends = b.constant([0] * len(cut)), b.constant([shape[a] for a in cut])
+    sample = b.op("Slice", z, starts, ends, b.constant(cut), b.constant([steps[a] for a in cut]))
+    sample.shape = ir.Shape([-(-n // step) for n, step in zip(shape, steps, strict=True)])
+    return sample
+
+
+def name_outputs(graph: ir.Graph, taps: Taps) -> None:
+    """Every tap becomes an output `tap.K` in the order of `taps.outputs`."""
+    taken: set[ir.Value] = set(graph.inputs)
+    for k, value in enumerate(taps.outputs.values()):
+        if value in taken or value.producer() is None:
+            node = ir.node("Identity", [value], name=f"tap/{k}")
+            node.outputs[0].type = value.type
+            graph.append(node)
+            value = node.outputs[0]
+        taken.add(value)
+        value.name = f"tap.{k}"
+        graph.outputs.append(value)

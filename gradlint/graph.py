@@ -271,7 +271,8 @@ def parameter_name(node: ir.Node, index: int, value: ir.Value) -> str | list[str
         return name if "::" not in name else _torchscript_name(node, index)
     if _mangled(name) in mentioned or (value.metadata_props.get(_KIND) and len(list(value.uses())) == 1):
         return name
-    named = {_mangled(str(v.name)) for v in node.inputs if v is not None and v.is_initializer()}
+    parts = {node, *(n for n in (*node.predecessors(), *node.successors()) if fx_node(n) == fx_node(node))}
+    named = {_mangled(str(v.name)) for n in parts for v in n.inputs if v is not None and v.is_initializer()}
     rest = [p for p in dict.fromkeys(mentioned) if p not in named]
     if not rest:
         return name

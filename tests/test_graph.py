@@ -91,9 +91,10 @@ def test_merged_initializers_are_told_apart() -> None:
 def test_a_renamed_parameter_is_not_the_one_its_neighbour_reads_by_name() -> None:
     """addcmul(beta, alpha, x) becomes Mul(folded alpha, x) and Add(beta, .), both of which mention both parameters."""
     graph = text(
-        "s = Mul(folded, x)  y = Add(beta, s)", "<float[4] folded = {1, 2, 3, 4}, float[4] beta = {4, 3, 2, 1}>"
+        "h = Relu(x)  s = Mul(folded, h)  y = Add(beta, s)",
+        "<float[4] folded = {1, 2, 3, 4}, float[4] beta = {4, 3, 2, 1}>",
     )
-    for node in graph:
+    for node in list(graph)[1:]:
         node.metadata_props["pkg.torch.onnx.fx_node"] = "%a = call(args = (%p_beta, %p_norm_alpha, %x))"
         node.metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'norm', 'addcmul']"
     assert {(u.initializer, u.parameter) for u in weight_uses(graph)} == {("folded", "norm.alpha"), ("beta", "beta")}

@@ -55,13 +55,20 @@ def averaged(x: Moments, axes: Sequence[int]) -> Moments:
     return dataclasses.replace(y, fixed=y.fixed + (x.mean**2).mean(axis=along, keepdims=True) - y.mean**2)
 
 
-def averaged_gradient(g: Gradient, axes: Sequence[int]) -> Gradient:
-    """The gradient no longer resolved along `axes`; what differed along them is local."""
+def averaged_gradient(g: Gradient, axes: Sequence[int], others: int = 1) -> Gradient:
+    """The gradient no longer resolved along `axes`; what differed along them is local.
+
+    others: the positions m along the remaining axes. The k values along `axes` are taken as independent; `shared` keeps
+    what the sum over all k m positions needs: k m^2 s + k m l = (k m)^2 s' + k m l' with s' + l' = s + l, so that
+    s' = s (m - 1) / (k m - 1).
+    """
     along = tuple(k for k in axes if g.shared.shape[k] > 1 or g.local.shape[k] > 1)
     if not along:
         return g
+    count = math.prod(resolution(g.shared, g.local)[k] for k in along)
     shared, local = (a.mean(axis=along, keepdims=True) for a in (g.shared, g.local))
-    return Gradient(np.zeros_like(shared), shared + local)
+    kept = shared * ((others - 1) / (count * others - 1))
+    return Gradient(kept, shared + local - kept)
 
 
 def spread(box: Range, axes: Sequence[int]) -> Range:
@@ -158,7 +165,8 @@ def reshaped_back(ctx: Context, x: Moments | None, g: Gradient, src: Shape, dst:
     if x is not None:
         sizes = resolution(*(lifted(a, len(src)) for a in parts(x)))
         moved = [k for left, right in groups(src, dst) if len(left) > 1 or len(right) > 1 for k in left]
-        back = averaged_gradient(back, [k for k in moved if sizes[k] == 1])
+        others = positions(resolution(back.shared, back.local), src, ctx.batch)
+        back = averaged_gradient(back, [k for k in moved if sizes[k] == 1], math.prod(src[k] for k in others))
     return back.map(lambda a: a.mean(axis=0, keepdims=True)) if varies and src and src[0] == ctx.batch else back
 
 

@@ -73,27 +73,35 @@ class Moments:
 class Gradient:
     """E[g^2] of a value's gradient per element, split into the part that is the same at every position and the rest.
 
+    balanced: the part of `local` that sums to zero over the positions of each example, so that a weight behind it does
+    not see what all positions have in common (keys of attention: softmax cancels what they share). None: nothing.
+
     For a value that depends on the input g is the gradient of the per-example loss; for a weight, of the batch loss.
     Under the linear loss with independent normal targets both have the same second moment for any batch size.
     """
 
     shared: Array
     local: Array
+    balanced: Array | None = None
 
     @property
     def total(self) -> Array:
         return self.shared + self.local
 
     def map(self, move: Callable[[Array], Array]) -> Gradient:
-        return Gradient(move(self.shared), move(self.local))
+        balanced = None if self.balanced is None else move(self.balanced)
+        return Gradient(move(self.shared), move(self.local), balanced)
 
     def scaled(self, square: Array | float) -> Gradient:
-        """The gradient times a factor whose square is `square`."""
-        return Gradient(self.shared * square, self.local * square)
+        """The gradient times a factor whose square is `square`; one number keeps the balance."""
+        balanced = self.balanced * square if self.balanced is not None and np.ndim(square) == 0 else None
+        return Gradient(self.shared * square, self.local * square, balanced)
 
     def __add__(self, other: Gradient) -> Gradient:
         """Where branches meet their gradients add; taken as uncorrelated, so second moments add."""
-        return Gradient(self.shared + other.shared, self.local + other.local)
+        parts = [b for b in (self.balanced, other.balanced) if b is not None]
+        balanced = np.asarray(sum(parts)) if parts else None
+        return Gradient(self.shared + other.shared, self.local + other.local, balanced)
 
 
 @dataclass(frozen=True, slots=True)

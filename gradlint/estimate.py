@@ -175,7 +175,7 @@ _Spread = TypeVar("_Spread", Moments, Gradient)
 
 def _finite(x: _Spread) -> _Spread:
     """Overflow stays representable: a variance beyond 1e300 is 1e300."""
-    if all(np.isfinite(getattr(x, part)).all() for part in x.__slots__):
+    if all(np.isfinite(part).all() for name in x.__slots__ if (part := getattr(x, name)) is not None):
         return x
     return x.map(lambda a: np.nan_to_num(a, nan=0.0, posinf=1e300, neginf=-1e300))
 

@@ -311,18 +311,20 @@ def passthrough(op: str, move: Move, back: Move, vjp: VjpRow) -> None:
 def product(g: Gradient, x: Moments) -> Gradient:
     """Second moment of g * x at each position (g, x independent).
 
-    The same at every position where both are: g's shared part times x's mean or shared part.
+    The same at every position where both are: g's shared part times x's mean or shared part; so is balanced what g's
+    balanced part makes of these.
     """
-    shared = g.shared * (x.mean**2 + x.shared)
-    return Gradient(shared, g.shared * (x.fixed + x.local) + g.local * x.second)
+    common = x.mean**2 + x.shared
+    balanced = None if g.balanced is None else g.balanced * common
+    return Gradient(g.shared * common, g.shared * (x.fixed + x.local) + g.local * x.second, balanced)
 
 
 def summed(ctx: Context, g: Gradient, value: ir.Value, small: tuple[int, ...], *, constant: bool) -> Gradient:
     """Second moment of a gradient shaped like `value`, summed down to the shape `small` that was broadcast to it.
 
-    Over n positions a shared part adds coherently (n^2), a local part incoherently (n); units add incoherently. What
-    goes into a `constant` (a weight) is also summed over the examples, which the loss's 1/sqrt(B) undoes. Where
-    positions remain, what was the same at all of them still is.
+    Over n positions a shared part adds coherently (n^2), a local part incoherently (n), a balanced part to zero; units
+    add incoherently. What goes into a `constant` (a weight) is also summed over the examples, which the loss's
+    1/sqrt(B) undoes. Where positions remain, what was the same at all of them still is.
     """
     shape = dims(value)
     if shape is None:
@@ -342,8 +344,10 @@ def summed(ctx: Context, g: Gradient, value: ir.Value, small: tuple[int, ...], *
     if constant and ctx.varies(value):
         positions = max(1.0, positions / ctx.batch)
     same = (shared * positions**2).sum(axis=units, keepdims=True)
-    rest = (local * positions).sum(axis=units, keepdims=True)
     left = any(n > 1 and m == 1 for n, m in list(zip(small, same.shape, strict=True))[1:])
+    if g.balanced is not None and not left:
+        local = np.maximum(local - g.balanced, 0)
+    rest = (local * positions).sum(axis=units, keepdims=True)
     if constant or not left:  # no positions remain along which it could be the same
         same, rest = np.zeros_like(rest), same + rest
     return Gradient(trim(same), trim(rest))

@@ -197,14 +197,17 @@ def logits(q: Moments, k: Moments, width: int) -> Moments:
 
 
 def logits_pullback(g: Gradient, q: Moments, k: Moments, queries: int, keys: int) -> tuple[Gradient, Gradient]:
-    """dq = sum over keys of g times what differs between keys; dk = sum over queries, coherent for g's shared part."""
+    """dq = sum over keys of g times what differs between keys; dk = sum over queries, coherent for g's shared part.
+
+    g sums to zero over keys, behind a softmax: so does dk.
+    """
     between = swap(_differences(k, -1))
     dq = Gradient(contract(g.shared, between, keys), contract(g.local, between, keys))
     level = _average(q.mean, -2) ** 2 + _average(q.shared, -2)
     scatter = _average(_differences(q, -2), -2)
     same = _coherent(g.shared)
     dk = swap(same) * (queries**2 * level + queries * scatter) + contract(swap(g.local), q.second, queries)
-    return dq, Gradient(np.zeros_like(dk), dk).map(swap)
+    return dq, Gradient(np.zeros_like(dk), dk, dk).map(swap)
 
 
 # -- mixture -----------------------------------------------------------------------------------------------------------

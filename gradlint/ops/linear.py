@@ -189,6 +189,8 @@ def _reduce_stack(ctx: Context, g: Gradient, node: ir.Node, index: int) -> Gradi
     missing = len(out) - len(target)
     own = (1,) * missing + target
     stack = tuple(k for k, (n, m) in enumerate(zip(out[:-2], own, strict=False)) if m == 1 and n > 1)
+    if not missing and not stack:
+        return g
     times_ = math.prod(out[k] for k in stack if max(g.shared.shape[k], g.local.shape[k]) == 1)
 
     def trim(a: Array) -> Array:

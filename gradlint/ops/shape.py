@@ -68,7 +68,8 @@ def averaged_gradient(g: Gradient, axes: Sequence[int], others: int = 1) -> Grad
     count = math.prod(resolution(g.shared, g.local)[k] for k in along)
     shared, local = (a.mean(axis=along, keepdims=True) for a in (g.shared, g.local))
     kept = shared * ((others - 1) / (count * others - 1))
-    return Gradient(kept, shared + local - kept)
+    balanced = None if g.balanced is None else g.balanced.mean(axis=along, keepdims=True)
+    return Gradient(kept, shared + local - kept, balanced)
 
 
 def spread(box: Range, axes: Sequence[int]) -> Range:

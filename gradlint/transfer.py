@@ -319,6 +319,21 @@ def product(g: Gradient, x: Moments) -> Gradient:
     return Gradient(g.shared * common, g.shared * (x.fixed + x.local) + g.local * x.second, balanced)
 
 
+def over_tokens(g: Gradient, x: Moments, among: Sequence[int] | None = None) -> Gradient:
+    """g averaged over the tokens it tells apart where x does not: the shared part keeps its coherence.
+
+    among: the axes that may be tokens (default: all but the last).
+    """
+    sizes = np.broadcast_shapes(x.mean.shape, x.second.shape)
+    axes = tuple(a for a in (range(len(sizes) - 1) if among is None else among) if sizes[a] == 1)
+    axes = tuple(a for a in axes if max(g.shared.shape[a], g.local.shape[a]) > 1)
+    if not axes:
+        return g
+    shared, local = np.broadcast_arrays(g.shared, g.local)
+    same = np.sqrt(shared).mean(axis=axes, keepdims=True) ** 2
+    return Gradient(same, local.mean(axis=axes, keepdims=True) + shared.mean(axis=axes, keepdims=True) - same)
+
+
 def summed(ctx: Context, g: Gradient, value: ir.Value, small: tuple[int, ...], *, constant: bool) -> Gradient:
     """Second moment of a gradient shaped like `value`, summed down to the shape `small` that was broadcast to it.
 
@@ -338,6 +353,9 @@ def summed(ctx: Context, g: Gradient, value: ir.Value, small: tuple[int, ...], *
 
     if not axes:
         return g.map(trim)
+    x = ctx.moments.get(value)
+    if x is not None and x.mean.ndim == g.shared.ndim and all(small[a] == 1 for a in range(len(small) - 1)):
+        g = over_tokens(g, x)
     shared, local = np.broadcast_arrays(g.shared, g.local)
     units = tuple(a for a in axes if shared.shape[a] > 1)
     positions = float(math.prod(shape[a] for a in axes if shared.shape[a] == 1))

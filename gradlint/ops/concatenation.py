@@ -16,7 +16,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, dims
-from gradlint.ops.shape import averaged, lifted, move_bound, parts, resolution, rest
+from gradlint.ops.shape import LARGEST, averaged, lifted, move_bound, parts, resolution, rest
 from gradlint.transfer import Context, row
 
 Values = Sequence[ir.Value | None]
@@ -229,14 +229,15 @@ def split_pullback(
 def placed(g: Gradient, x: Moments | None, axis: int, where: slice, size: int) -> Gradient:
     """Gradient of an axis of which only `where` was taken.
 
-    Exact where x or g resolves the axis. Else the m positions taken of n are assumed to lie anywhere: what is the same
-    at each of them reaches m^2 / n^2 of the pairs; of a single position everything is local.
+    Exact where x or g resolves the axis, and for a single position (a class token, the last step): it keeps all there
+    is. Else the m positions taken of n are assumed to lie anywhere: what is the same at each of them reaches m^2 / n^2
+    of the pairs.
     """
     m, n = len(range(*where.indices(size))), size
     if m == n:
         return g
     sizes = [a.shape[axis] for a in (g.shared, g.local, *(parts(x) if x is not None else ())) if a.ndim > axis]
-    if max(sizes) > 1:
+    if max(sizes) > 1 or (m == 1 and n * max(g.shared.size, g.local.size) <= LARGEST):
         return g.map(lambda a: _filled(a, axis, where, n, m))
     shared = g.shared * ((m / n) ** 2 if m > 1 else 0.0)
     return Gradient(shared, g.total * (m / n) - shared)

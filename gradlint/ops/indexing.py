@@ -131,7 +131,8 @@ def _by_index(
     ):
         g = g.map(lambda a: a.reshape(_without(a.shape, axis, rank)))
         if counts.max() <= 1:
-            return placed(g, x, axis, slice(0, len(flat)), n)
+            first = int(flat[0]) if len(flat) else 0
+            return placed(g, x, axis, slice(first, first + 1) if len(flat) == 1 else slice(0, len(flat)), n)
         shared = g.shared * float(counts.mean()) ** 2
         return Gradient(shared, g.shared * float((counts**2).mean()) - shared + g.local * float(counts.mean()))
 

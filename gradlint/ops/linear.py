@@ -27,7 +27,7 @@ from gradlint.ops.attention_products import (
     mixture_pullback,
     swap,
 )
-from gradlint.transfer import Context, product, row, summed
+from gradlint.transfer import Context, over_tokens, product, row, summed
 
 Values = Sequence[ir.Value | None]
 _BLOCK = 1 << 18  # elements of a weight worked on at a time: 1 MB in float32
@@ -134,19 +134,8 @@ def weight_gradient(ctx: Context, node: ir.Node, x: Moments, g: Gradient, shape:
     """E[dW_kn^2], averaged over k: the sum over positions of x_k g_n."""
     average = Moments(*(a.mean(axis=-1, keepdims=True) for a in (x.mean**2, x.fixed, x.shared, x.local)))
     average = Moments(np.sqrt(average.mean), average.fixed, average.shared, average.local)
-    g = _over_tokens(g, average)
+    g = over_tokens(g, average)
     return summed(ctx, product(g, average), node.outputs[0], (*(1,) * (len(shape) - 1), shape[-1]), constant=True)
-
-
-def _over_tokens(g: Gradient, x: Moments) -> Gradient:
-    """g averaged over the tokens it tells apart where x does not: the shared part keeps its coherence."""
-    axes = tuple(a for a, n in enumerate(np.broadcast_shapes(x.mean.shape, x.second.shape)[:-1]) if n == 1)
-    axes = tuple(a for a in axes if max(g.shared.shape[a], g.local.shape[a]) > 1)
-    if not axes:
-        return g
-    shared, local = np.broadcast_arrays(g.shared, g.local)
-    same = np.sqrt(shared).mean(axis=axes, keepdims=True) ** 2
-    return Gradient(same, local.mean(axis=axes, keepdims=True) + shared.mean(axis=axes, keepdims=True) - same)
 
 
 # -- two activations ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, dims, is_float, op
-from gradlint.transfer import Context, blocks, passthrough, row, summed
+from gradlint.transfer import Context, blocks, over_tokens, passthrough, row, summed
 
 Values = Sequence[ir.Value | None]
 Shape = tuple[int, ...]
@@ -267,7 +267,11 @@ def reshape_pullback(
     varies = ctx.varies(x)
     copies = x is not None and (before := x.producer()) is not None and op(before) == "Expand"
     known = xs[0] if varies and not copies else None  # the gradient differs from copy to copy (heads that share keys)
-    return (reshaped_back(ctx, known, gs[0], *sizes, varies=varies), *rest(node))
+    g, y = gs[0], ys[0]
+    if known is not None and y is not None and max(resolution(*parts(y))) > 1:
+        moved = [k for left, right in groups(*sizes) if len(left) > 1 or len(right) > 1 for k in right]
+        g = over_tokens(g, y, moved)
+    return (reshaped_back(ctx, known, g, *sizes, varies=varies), *rest(node))
 
 
 def move_bound(

@@ -72,7 +72,7 @@ def check(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     for target in filter(None, (settings["output"], *files.values())):
         output.check_target(target)
     wants_page = "html" in files or settings["format"] == "html"
-    options = replace(flags.to_options(settings), histograms=wants_page)
+    options = replace(flags.to_options(settings), pictures=wants_page)
     paths = _models(models)
     known = settings.get("baseline")
     rules = _rules_checked(options, config, paths, known is not None)

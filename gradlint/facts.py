@@ -41,20 +41,24 @@ from gradlint.graph import (
 from gradlint.ops.activation import LOST, active_share, lost_share, saturated_share
 from gradlint.options import Options
 from gradlint.probe import Probe, Request, Skipped, activation_figures
+from gradlint.recurrent_facts import Profiles
 from gradlint.results import Evidence, LayerRow, WeightRow
 from gradlint.static_facts import StaticFacts, static_facts
 from gradlint.structure import unit_axis
 from gradlint.transfer import ELEMENTWISE, spectrum, steepest
 from gradlint.trunk import depths
+from gradlint.weight_facts import role
 
 _KINDS: tuple[Evidence, ...] = ("estimated", "measured")
 _REACH = 4.0  # standard deviations that an input reaches from its mean
 _ALIVE = 0.01  # a unit that is active less often is taken for dead
+PICTURED = frozenset({"kernel", "recurrent", "embedding"})  # roles of the weights that a page has pictures of
 EXPORT_LINE = "torch.onnx.export(model.train(), args, 'model.onnx', dynamo=True, optimize=False)"
 
 
-def request(parts: Anatomy, estimate: Estimate) -> Request:
-    """What the probe measures: outputs of layers, of sums, and of whatever several nodes read."""
+def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Request:
+    """What the probe measures: outputs of layers, of sums, and of whatever several nodes read. pictures: and the
+    histograms of a page."""
     graph = parts.graph
     values = [
         str(o.name)
@@ -69,18 +73,19 @@ def request(parts: Anatomy, estimate: Estimate) -> Request:
     features = str(read[0].name) if read else None
     softmax = {str(a.node.outputs[0].name): str(a.path[0][0].name) for a in attentions(graph) if a.path}
     curves = [str(n.name) for n in parts.activations if op(n) in ELEMENTWISE]
-    return Request(values, weights, curves, units, features, softmax)
+    kernels = list(dict.fromkeys(str(u.value.name) for u in parts.uses if role(u) in PICTURED)) if pictures else None
+    return Request(values, weights, curves, units, features, softmax, kernels)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything the judge and the report need."""
+    """Everything the judge and the report need. profiles: |dL/dh_t| per step of recurrent operators, by name."""
 
     layers: tuple[LayerRow, ...]
     weights: tuple[WeightRow, ...]
     subjects: tuple[Subject, ...]
     model: Mapping[str, Fact]
-    measured_nodes: int = 0
+    profiles: Profiles = field(default_factory=dict)
 
 
 @dataclass
@@ -163,7 +168,8 @@ def gather(
     extra = [*static.subjects, *pole_subjects(parts, estimate, proof, poles)]
     subjects = sorted([*subjects, *extra], key=lambda s: s.order)
     subjects.insert(0, Subject("model", None, None, 0, known.facts, known.evidence))
-    return Facts(tuple(rows), tuple(weights), (*subjects, *weight_subjects, *disconnected), known.facts)
+    every = (*subjects, *weight_subjects, *disconnected)
+    return Facts(tuple(rows), tuple(weights), every, known.facts, static.profiles)
 
 
 def _overflown(parts: Anatomy, measured: Probe | None) -> frozenset[str]:

@@ -107,7 +107,7 @@ class LayerRow:
     estimated: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
     blame: tuple[Blame, ...] = ()
-    pictures: tuple[Picture, ...] | None = None
+    pictures: tuple[Picture, ...] | None = None  # None: not asked for
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,9 @@ def _read_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
         return None
     for kind in kinds:
         plain = typing.get_origin(kind) or kind
-        if isinstance(value, Mapping if is_dataclass(plain) else (int, float) if plain is float else plain):
+        plain = str if plain is Literal else plain
+        stored = {float: (int, float), tuple: list}.get(plain, Mapping if is_dataclass(plain) else plain)
+        if isinstance(value, stored):
             return _read(kind, value, place)
     names = " or ".join(_NAMES.get(typing.get_origin(kind) or kind, "an object") for kind in kinds)
     raise UsageError(f"{place}: expected {names}, found {_kind(value)}")
@@ -276,6 +278,7 @@ _NAMES: Mapping[Any, str] = {
     float: "a number",
     bool: "true or false",
     list: "a list",
+    tuple: "a list",
     types.NoneType: "null",
 }
 

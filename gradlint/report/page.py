@@ -30,6 +30,7 @@ from gradlint.report.headline import (
 )
 from gradlint.report.ladder import STARVED, STRONG, WEAK, Fold, Rung, axis, rungs
 from gradlint.report.modules import Group, tree
+from gradlint.report.pictures import HIGH, WIDE, Drawing, drawings, legend, pictured, ridges
 from gradlint.report.text import count, decades, figure, label, number, prose
 from gradlint.results import Finding, Report, WeightRow
 
@@ -62,6 +63,7 @@ class Line:
     tick: float | None
     bound: float | None
     columns: Mapping[str, str]
+    drawings: Sequence[Drawing]
 
     @property
     def level(self) -> str:
@@ -109,6 +111,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(label=label, blocks=fix_blocks, pct=_pct, shape=_shape, plain=_plain)
+    environment.globals.update(wide=WIDE, high=HIGH)
     environment.tests.update(part=lambda item: isinstance(item, Part))
     return environment
 
@@ -143,11 +146,18 @@ def render(reports: Sequence[Report]) -> str:
 def _model(report: Report, anchor: str) -> dict[str, Any]:
     ladder = rungs(report)
     low, high = axis(ladder)
-    lines, dropped = _lines(report, ladder, anchor, low, high)
+    shown = pictured(ladder)
+    lines, dropped = _lines(report, ladder, shown, anchor, low, high)
     columns = [key for key in COLUMNS if any(line.columns[key] for line in lines)]
     model_facts, evidence = verdict_facts(report)
     anchors = {line.rung.row.name: line.anchor for line in lines}
+    ridge, *ends = ridges(ladder, shown, {i: line.anchor for i, line in enumerate(lines)})
     return {
+        "pictured": len(shown),
+        "fewer": legend(len(shown), sum(bool(rung.row.pictures) for rung in ladder)),
+        "ridges": ridge,
+        "ridge_ends": [decades(v) for v in ends],
+        "ridge_scale": [(_position(v, *ends), f"{v:+.0f}" if v else "0") for v in _ticks(*ends)] if ridge else [],
         "anchor": anchor,
         "report": report,
         "path": label(report.model.path),
@@ -224,7 +234,9 @@ def _ticks(low: float, high: float) -> list[float]:
     return [float(v) for v in range(math.ceil(low / step) * step, math.floor(high / step) * step + 1, step)][:9]
 
 
-def _lines(report: Report, ladder: Sequence[Rung], anchor: str, low: float, high: float) -> tuple[list[Line], int]:
+def _lines(
+    report: Report, ladder: Sequence[Rung], shown: set[int], anchor: str, low: float, high: float
+) -> tuple[list[Line], int]:
     rail, dropped = rails(ladder)
     ratios = layer_ratio(report)
     lines = []
@@ -247,6 +259,7 @@ def _lines(report: Report, ladder: Sequence[Rung], anchor: str, low: float, high
                 tick=place(rung.estimated) if rung.measured is not None else None,
                 bound=place(rung.bound) if rung.bound is not None and rung.bound < high else None,
                 columns=_columns(rung, ratios.get(row.name)),
+                drawings=drawings(rung) if i in shown else (),
             )
         )
     return lines, dropped

@@ -108,6 +108,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "judge": {*_RULES, "fixes"},
     "report": {"exceptions", "report.*", "results"},
     "report.difference": {"compare", "report.*", "results"},
+    "report.comparison": {"compare", "report.*", "results"},
+    "movement": {"compare", "graph", "load", "results"},
     "report.*": {"report", "report.*", "results"},
     "config": {"condition", "exceptions"},
     "baseline": {"exceptions", "judge", "results"},

@@ -15,6 +15,7 @@ WIDE, HIGH = 256, 100
 # Layers with pictures on a page: those with findings, then others at even steps. More would make it too large.
 _MOST = 250
 _FLAT = 0.05  # share of the largest slope under which a unit is saturated
+_LARGEST = 1e38  # float32 holds no more
 _THIN = 3.0  # units that the narrowest histogram takes
 _REACH = 2.6  # standard deviations of an initialisation that are shown
 
@@ -83,10 +84,9 @@ def ridges(ladder: Sequence[Rung], shown: set[int], anchors: Mapping[int, str]) 
     high = float(math.ceil(max(picture.high for _, picture in found)))
     rows = []
     for i, picture in found:
-        middle = _middle(picture)
+        middle, note = _sizes(picture)
         place = _place(picture, low, high)
-        note = f"half of its elements are above {decades(middle)}{_zeros(picture)}"
-        rows.append(Ridge(label(picture.subject), anchors[i], _bars(picture.counts), place, decades(middle), note))
+        rows.append(Ridge(label(picture.subject), anchors[i], _bars(picture.counts), place, middle, note))
     return rows, low, high
 
 
@@ -99,8 +99,9 @@ def _drawing(picture: Picture) -> Drawing | None:
 
 
 def _is_histogram(picture: Picture) -> bool:
-    span = picture.high - picture.low
-    return 0 < span < math.inf and sum(picture.counts) > 0 and min(picture.counts) >= 0
+    """Is it one that can be drawn? A report is a file, and may hold anything."""
+    fits = 0 < picture.high - picture.low < _LARGEST and max(abs(picture.low), abs(picture.high)) < _LARGEST
+    return fits and sum(picture.counts) > 0 and min(picture.counts) >= 0 and picture.left_out >= 0
 
 
 # -- one kind each -----------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def _weight(picture: Picture) -> Drawing:
     """Beside the bell curve of the initialisation that the layer should have, each to its own height."""
     low, high, curve = picture.low, picture.high, ""
     title, std = f"Weights {label(picture.subject, 60)}", picture.std
-    if std is None or not 0 < std < math.inf:
+    if std is None or not 1e-9 < std / (high - low) < 1e9:
         return Drawing("weight", title, "", figure(low), figure(high), _bars(picture.counts), _place(picture, low, high))
     low, high = min(low, -_REACH * std), max(high, _REACH * std)
     points = [low + k * (high - low) / 64 for k in range(65)]
@@ -140,15 +141,14 @@ def _weight(picture: Picture) -> Drawing:
 
 def _gradient(picture: Picture) -> Drawing:
     title = f"Gradient of {label(picture.subject, 60)}, decades"
-    note = f"half of its elements are above {decades(_middle(picture))}{_zeros(picture)}"
     place = _place(picture, picture.low, picture.high)
     ends = decades(picture.low), decades(picture.high)
-    return Drawing("gradient", title, note, *ends, _bars(picture.counts), place)
+    return Drawing("gradient", title, _sizes(picture)[1], *ends, _bars(picture.counts), place)
 
 
 def _time(picture: Picture) -> Drawing | None:
     levels = picture.curve
-    if len(levels) < 2 or not all(map(math.isfinite, levels)) or not picture.high > 1:
+    if len(levels) < 2 or not all(abs(v) < 1e4 for v in levels) or not 1 < picture.high < _LARGEST:
         return None
     low, high = min(levels), max(levels)
     span = max(high - low, 1.0)  # under a decade is hardly a change
@@ -239,20 +239,19 @@ def _bins(picture: Picture) -> list[tuple[float, int]]:
     return [(picture.low + (k + 0.5) * width, n) for k, n in enumerate(picture.counts)]
 
 
-def _middle(picture: Picture) -> float:
-    return _quantile(picture, 0.5)
-
-
 def _tail(picture: Picture) -> float:
     """Where the smallest hundredth ends: a few tiny elements would make the axis long."""
     return _quantile(picture, 0.01)
 
 
-def _zeros(picture: Picture) -> str:
-    if not picture.left_out:
-        return ""
+def _sizes(picture: Picture) -> tuple[str, str]:
+    """The median of a gradient's elements in decades, and that with their share of zeros in words."""
     share = picture.left_out / (picture.left_out + sum(picture.counts))
-    return f", {100 * share:.0f} % are zero" if share >= 0.005 else ", a few are zero"
+    zeros = f"{100 * share:.0f} %" if share >= 0.005 else "a few" if share else ""
+    if share >= 0.5:
+        return "zero", f"{zeros} of its elements are zero"
+    middle = decades(_quantile(picture, 0.5))
+    return middle, f"half of its elements are above {middle}" + (f", {zeros} are zero" if zeros else "")
 
 
 def legend(shown: int, layers: int) -> str:

@@ -104,12 +104,12 @@ def test_a_fix_is_copied(pages: dict[str, str], browser: Browser) -> None:
 
 def test_groups_fold_all_at_once(pages: dict[str, str], browser: Browser) -> None:
     page = _open(browser, pages["resnet_bn"])
-    parts, button = page.locator(".ladder details"), page.locator(".ladder h2 button")
+    parts, button = page.locator(".ladder details.part"), page.locator(".ladder h2 button")
     if button.inner_text() == "Unfold all":
         button.click()
-    assert page.locator(".ladder details[open]").count() == parts.count() > 0
+    assert page.locator(".ladder details.part[open]").count() == parts.count() > 0
     button.click()
-    assert page.locator(".ladder details[open]").count() == 0
+    assert page.locator(".ladder details.part[open]").count() == 0
     expect(button).to_have_text("Unfold all")
     page.context.close()
 

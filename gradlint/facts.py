@@ -34,6 +34,7 @@ from gradlint.graph import (
     folded_batchnorms,
     is_float,
     is_gate,
+    main_output,
     module,
     op,
     source,
@@ -144,7 +145,7 @@ def gather(
         known.facts |= _place(node, parts, estimate, depth(node), index, node in folded) | static.layers[node]
         known.facts["on_trunk"] = node in flow.trunk
         if isinstance(probed, Probe):
-            known.facts["output_non_finite"] = str(node.outputs[0].name) in lost
+            known.facts["output_non_finite"] = str(main_output(node).name) in lost
             known.evidence["output_non_finite"] = "measured"
         scope: Scope = "activation" if node in parts.activations else "layer"
         subjects.append(
@@ -174,7 +175,7 @@ def gather(
 
 def _overflown(parts: Anatomy, measured: Probe | None) -> frozenset[str]:
     """Outputs of layers that held a NaN or an infinity: their mean tells (sums of squares overflow before they do)."""
-    names = {str(n.outputs[0].name) for n in parts.layers}
+    names = {str(main_output(n).name) for n in parts.layers}
     rows = measured.values.items() if measured is not None else ()
     return frozenset(n for n, row in rows if n in names and not math.isfinite(row.get("output_mean", 0.0)))
 
@@ -203,7 +204,7 @@ def _add_ratios(subjects: list[Subject]) -> None:
 def _layer_figures(
     node: ir.Node, parts: Anatomy, estimate: Estimate, proof: Proof, measured: Probe | None, flow: Flow
 ) -> dict[Evidence, dict[str, Any]]:
-    out = node.outputs[0]
+    out = main_output(node)
     name = str(out.name)
     cotangent = cotangent_norm(parts.graph, estimate)
     estimated: dict[str, Any] = {}
@@ -282,7 +283,7 @@ def _some_units(z: Moments) -> Moments:
 
 
 def _proved(node: ir.Node, proof: Proof, cotangent: float) -> dict[str, Any]:
-    out = node.outputs[0]
+    out = main_output(node)
     found: dict[str, Any] = {}
     if (box := proof.ranges.get(out)) is not None:
         found["output_range"] = [float(box.lo.min()), float(box.hi.max())]
@@ -323,7 +324,7 @@ def _layer_row(
         op_type=node.op_type,
         module=module(node),
         source=source(node),
-        shape=tuple(dims(node.outputs[0]) or ()),
+        shape=tuple(dims(main_output(node)) or ()),
         inputs=inputs,
         weights=tuple(dict.fromkeys(u.initializer for u in uses)),
         proved=kept["proved"],

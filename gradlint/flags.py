@@ -143,8 +143,12 @@ _VERDICT = (
 
 _OUTPUT = (
     click.option("--format", type=Word(tuple(FORMATS)), default="full", show_default=True),
-    click.option("-o", "--output", metavar="FILE",
-                 help="Write the report to FILE instead of standard output; .html, .json, .sarif and .md are formats."),
+    click.option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Write the report to FILE instead of standard output; .html, .json, .sarif and .md are formats.",
+    ),
     click.option("--html", metavar="FILE", help="Write the page, with pictures of each layer, as well."),
     click.option("--json", metavar="FILE", help="Write JSON as well."),
     click.option("--sarif", metavar="FILE", help="Write SARIF as well."),

@@ -19,7 +19,8 @@ class Options:
     values: scalars to fill integer or float inputs with, by input name; dims, shapes: sizes of symbolic dimensions, by
     dimension and by input name; ranges: (lo, hi), stats: (means, standard deviations; one each, or one per channel), by
     input name. stage None: guess from the weights. threads 0: as many as the machine has. levels, limits: by rule;
-    layer_ignores: rules (as in `ignore`) that stay quiet on layers and weights, by a glob on their names. pictures: histograms and curves of each layer, for a page.
+    layer_ignores: rules (as in `ignore`) that stay quiet on layers and weights, by a glob on their names.
+    pictures: histograms and curves of each layer, for a page.
     """
 
     data: Path | None = None

@@ -56,8 +56,8 @@ def _short(number: float, digits: int = 5) -> float:
 
 def _inputs(node: ir.Node, histograms: Mapping[tuple[str, str], Histogram]) -> Iterator[Picture]:
     """What goes into an activation, and |f'| in the middle of each bin as a share of the largest."""
-    found = histograms.get(("input", str(node.name)))
-    if found is None or op(node) not in ELEMENTWISE:
+    found, z = histograms.get(("input", str(node.name))), node.inputs[0]
+    if found is None or z is None or op(node) not in ELEMENTWISE:
         return
     _, slope, steepest = derivative(op(node), node)
     edges = np.linspace(found.low, found.high, len(found.counts) + 1)
@@ -66,7 +66,7 @@ def _inputs(node: ir.Node, histograms: Mapping[tuple[str, str], Histogram]) -> I
     largest = steepest or float(np.max(curve, initial=0.0, where=np.isfinite(curve)))
     if largest > 0 and np.isfinite(curve).all():
         shares = tuple(_short(v, 3) for v in np.minimum(curve / largest, 1.0).tolist())
-        yield replace(_picture("input", str(node.inputs[0].name), found), curve=shares)
+        yield replace(_picture("input", str(z.name), found), curve=shares)
 
 
 def _attention(found: Attention, histograms: Mapping[tuple[str, str], Histogram]) -> Iterator[Picture]:
@@ -98,9 +98,7 @@ def _weights(
         yield _picture("gradient", use.initializer, gradient)
 
 
-def _over_time(
-    facts: Facts, parts: Anatomy, probed: Probe | None
-) -> Iterator[tuple[str, Evidence, np.ndarray]]:
+def _over_time(facts: Facts, parts: Anatomy, probed: Probe | None) -> Iterator[tuple[str, Evidence, np.ndarray]]:
     """|dL/dh_t| of recurrent operators, and of recurrences that an exporter has unrolled at their first step."""
     kinds: tuple[Evidence, ...] = ("measured", "estimated")
     rows = {row.name: row for row in facts.layers}

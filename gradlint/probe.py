@@ -231,7 +231,10 @@ def _learn_shapes(model: ir.Model, graph: ir.Graph, feeds: Arrays, threads: int)
 
 
 def _to_count(
-    request: Request, values: Mapping[str, ir.Value], nodes: Mapping[str | None, ir.Node], grads: Mapping[ir.Value, ir.Value]
+    request: Request,
+    values: Mapping[str, ir.Value],
+    nodes: Mapping[str | None, ir.Node],
+    grads: Mapping[ir.Value, ir.Value],
 ) -> dict[tuple[str, str], Wanted]:
     """What histograms are made of, by kind and name: whatever of it has a known shape; nothing where none are asked
     for."""

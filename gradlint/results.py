@@ -264,14 +264,15 @@ def _read_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
         return None
     for kind in kinds:
         plain = typing.get_origin(kind) or kind
-        plain = str if plain is Literal else plain
-        stored = {float: (int, float), tuple: list}.get(plain, Mapping if is_dataclass(plain) else plain)
+        stored = _STORED.get(plain, Mapping if is_dataclass(plain) else plain)
         if isinstance(value, stored):
             return _read(kind, value, place)
     names = " or ".join(_NAMES.get(typing.get_origin(kind) or kind, "an object") for kind in kinds)
     raise UsageError(f"{place}: expected {names}, found {_kind(value)}")
 
 
+# How JSON holds a type, where not as itself.
+_STORED: Mapping[Any, Any] = {float: (int, float), tuple: list, Literal: str}
 _NAMES: Mapping[Any, str] = {
     str: "a string",
     int: "a whole number",

@@ -1,4 +1,4 @@
-"""Pictures of a layer: counted inside the session, made for a page alone, and all of the page that is not in the rest."""
+"""Pictures of a layer: counted inside the session, and made for a page alone."""
 
 from __future__ import annotations
 

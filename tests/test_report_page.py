@@ -13,7 +13,6 @@ import pytest
 from report_fixtures import HOSTILE_NAMES, healthy_resnet, hostile, sigmoid_chain, with_pictures
 
 from gradlint.compare import Move, compare
-
 from gradlint.report import render
 from gradlint.report.difference import render_difference
 from gradlint.report.page import fix_blocks, waterfall
@@ -149,7 +148,7 @@ def test_a_thousand_layers_with_pictures_stay_under_three_megabytes() -> None:
     text = render([report], "html")
     assert len(text.encode()) < 3_000_000
     assert text.count("<details><summary>pictures") == 250
-    assert "pictures of 250 layers: those with findings, others at even steps" in text
+    assert "250 layers have them: those with findings, others at even steps" in text
 
 
 def test_layers_with_findings_come_first_where_not_all_have_pictures() -> None:

@@ -127,7 +127,9 @@ def _weight(picture: Picture) -> Drawing:
     low, high, curve = picture.low, picture.high, ""
     title, std = f"Weights {label(picture.subject, 60)}", picture.std
     if std is None or not 1e-9 < std / (high - low) < 1e9:
-        return Drawing("weight", title, "", figure(low), figure(high), _bars(picture.counts), _place(picture, low, high))
+        return Drawing(
+            "weight", title, "", figure(low), figure(high), _bars(picture.counts), _place(picture, low, high)
+        )
     low, high = min(low, -_REACH * std), max(high, _REACH * std)
     points = [low + k * (high - low) / 64 for k in range(65)]
     # Around its top too, where the axis is much wider than the curve.
@@ -153,7 +155,8 @@ def _time(picture: Picture) -> Drawing | None:
     low, high = min(levels), max(levels)
     span = max(high - low, 1.0)  # under a decade is hardly a change
     points = [(WIDE * k / (len(levels) - 1), (v - high) / span + 1) for k, v in enumerate(levels)]
-    note = f"{decades(levels[0])} decades at the first step, {decades(levels[-1])} at the last, {picture.evidence or 'known'}"
+    note = f"{decades(levels[0])} decades at the first step, {decades(levels[-1])} at the last"
+    note += f" ({picture.evidence})" if picture.evidence else ""
     ends = "step 1", f"step {picture.high:.0f}"
     return Drawing("time", "Gradient over the time steps", note, *ends, curve=_line(points))
 
@@ -170,7 +173,9 @@ def _entropy(picture: Picture) -> Drawing:
     note = f"on average {100 * min(max(mean, 0.0), 1.0):.0f} % of that of a look at all keys alike"
     low, high = min(picture.low, 0.0), max(picture.high, 1.0)
     place = _place(picture, low, high)
-    return Drawing("entropy", "Entropy of the attention", note, "one key", "all keys alike", _bars(picture.counts), place)
+    return Drawing(
+        "entropy", "Entropy of the attention", note, "one key", "all keys alike", _bars(picture.counts), place
+    )
 
 
 # -- paths -------------------------------------------------------------------------------------------------------------
@@ -256,4 +261,4 @@ def _sizes(picture: Picture) -> tuple[str, str]:
 
 def legend(shown: int, layers: int) -> str:
     """How many of the layers have pictures, where it isn't all."""
-    return "" if shown == layers else f"pictures of {count(shown, 'layer')}: those with findings, others at even steps"
+    return "" if shown == layers else f"{count(shown, 'layer')} have them: those with findings, others at even steps"

@@ -28,7 +28,7 @@ from gradlint.report.pictures import Drawing, drawings, legend, pictured, ridges
 from gradlint.report.text import count, decades, figure, label, number, prose
 from gradlint.results import Finding, Report, WeightRow
 
-# Layers shown unfolded at first, in groups beyond it only where a finding lies.
+# Rows up to which groups are unfolded at first.
 _OPEN_ROWS = 80
 _SHOWN_CARDS = 5
 _STEPS = 6
@@ -239,7 +239,8 @@ def _columns(rung: Rung, ratio: float | None) -> dict[str, str]:
 def _parts(
     items: Sequence[Rung | Group], lines: Mapping[int, Line], low: float, high: float, shown: list[int] | None = None
 ) -> tuple[Line | Part, ...]:
-    """Groups as parts that fold: open while few layers are shown, or where a finding of its own lies."""
+    """Groups as parts that fold: open, while few layers are shown, where a finding of their own lies, and those that
+    are most of the model, which would hide it."""
     shown = [0] if shown is None else shown
     result: list[Line | Part] = []
     for item in items:
@@ -247,7 +248,9 @@ def _parts(
             shown[0] += 1
             result.append(lines[id(item)])
             continue
-        is_open = item.fold.level in ("error", "warning") and shown[0] + len(item.items) <= _OPEN_ROWS
+        most_of_it = 2 * len(item.fold.rungs) > len(lines)
+        wanted = most_of_it or item.fold.level in ("error", "warning")
+        is_open = wanted and shown[0] + len(item.items) <= _OPEN_ROWS
         start = position(min(item.fold.values), low, high) if item.fold.values else None
         end = position(max(item.fold.values), low, high) if item.fold.values else 0.0
         inner = _parts(item.items, lines, low, high, shown if is_open else [_OPEN_ROWS])

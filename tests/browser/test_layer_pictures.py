@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from conftest import MODELS
 from playwright.sync_api import Browser, Page, expect
 
 
 @pytest.fixture
-def sigmoid(pages: dict[str, str], browser: Browser) -> Page:
+def sigmoid(pages: dict[str, str], browser: Browser) -> Iterator[Page]:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(pages["digits_sigmoid"])
-    return page
+    yield page
+    page.close()
 
 
 def test_they_are_shown_on_demand(sigmoid: Page) -> None:

@@ -158,11 +158,11 @@ HOSTILE_NAMES = (
 def _odd_pictures(name: str, first: float | None, second: float | None) -> tuple[Picture, ...]:
     """Pictures from a file that anyone may have written."""
     low, high = (math.nan if v is None else v for v in (first, second))
-    odd = [Picture(p.kind, name, low, high, p.counts, 3, (low, high), None, name, high) for p in pictures(name)]
+    odd = [Picture(p.kind, name, low, high, p.counts, 3, (low, high), None, name, -1.0) for p in pictures(name)]
     odd += [replace(p, subject=name, counts=(), curve=()) for p in pictures(name)]
     odd += [replace(p, subject=name, counts=(-1, 5), curve=(0.5, 7.0)) for p in pictures(name)]
-    odd += [replace(p, subject=name, scheme=name, std=low, low=p.high, high=p.low) for p in pictures(name)]
-    return (*odd, *(replace(p, subject=name, scheme=name, std=low, left_out=-7) for p in pictures(name)))
+    odd += [replace(p, subject=name, scheme=name, std=1e308, low=p.high, high=p.low) for p in pictures(name)]
+    return (*odd, *(replace(p, subject=name, scheme=name, std=1e-308, left_out=-7) for p in pictures(name)))
 
 
 def hostile() -> Report:

@@ -120,6 +120,7 @@ def _time(name: str, evidence: Evidence, curve: np.ndarray) -> Picture:
     """log10 of the norm at up to _STEPS evenly spaced steps; where it is zero, of the smallest float32."""
     curve = np.asarray(curve, np.float64)
     with np.errstate(all="ignore"):
-        levels = np.log10(np.maximum(curve, np.finfo(np.float32).tiny))
-    some = levels[np.unique(np.linspace(0, curve.size - 1, min(curve.size, _STEPS)).astype(int))]
-    return Picture("time", name, 1, curve.size, curve=tuple(round(v, 2) for v in some.tolist()), evidence=evidence)
+        logs = np.log10(np.maximum(curve, np.finfo(np.float32).tiny))
+    some = logs[np.unique(np.linspace(0, curve.size - 1, min(curve.size, _STEPS)).astype(int))]
+    levels = tuple(round(v, 2) for v in some.tolist())
+    return Picture("time", name, 1.0, float(curve.size), curve=levels, evidence=evidence)

@@ -49,7 +49,7 @@ def pictures(weight: str, decades: float = 0.0) -> tuple[Picture, ...]:
         Picture("input", f"{weight}.z", -9.0, 9.0, hill, curve=slope),
         Picture("weight", weight, -0.3, 0.3, hill, scheme="He", std=0.25),
         Picture("gradient", weight, decades - 4.0, decades, hill, left_out=500),
-        Picture("time", weight, 1, 200, curve=tuple(decades + k / 10 for k in range(120)), evidence="measured"),
+        Picture("time", weight, 1.0, 200.0, curve=tuple(decades + k / 10 for k in range(120)), evidence="measured"),
         Picture("logits", weight, -2.0, 2.0, hill, std=0.6),
         Picture("entropy", weight, 0.2, 0.9, hill),
     )

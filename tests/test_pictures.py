@@ -163,6 +163,7 @@ def test_a_report_with_pictures_survives_json() -> None:
     read = Report.from_dict(json.loads(json.dumps(report.to_dict())))
     assert [row.pictures for row in read.layers] == [row.pictures for row in report.layers]
     assert render([read], "html") == render([report], "html")
+    assert render([read], "json") == render([report], "json")
 
 
 def test_a_batch_run_in_parts_is_counted_on_the_first(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from gradlint.graph import FLOATS, dims, folded_batchnorms, is_float, op, split_
 from gradlint.judge import judge, verdict
 from gradlint.load import Source, from_proto, read, source
 from gradlint.options import Options
+from gradlint.pictures import pictured
 from gradlint.probe import Probe, Skipped, probe
 from gradlint.reach import disconnected_subjects
 from gradlint.recurrent_facts import unknown_lengths
@@ -71,8 +72,13 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
         "estimate_s": seen.estimate_s,
         "probe_build_s": getattr(probed, "build_s", 0.0),
         "probe_run_s": getattr(probed, "run_s", 0.0),
-        "total_s": time.perf_counter() - began,
     }
+    layers = facts.layers
+    if options.pictures:
+        drawing = time.perf_counter()
+        layers = pictured(facts, parts, probed if isinstance(probed, Probe) else None)
+        timing["pictures_s"] = getattr(probed, "histograms_s", 0.0) + time.perf_counter() - drawing
+    timing["total_s"] = time.perf_counter() - began
     counts = Counter(f.level for f in found)
     return Report(
         summary=Summary(verdict(found, score), score, stage, {k: counts[k] for k in LEVELS}, _worst(facts)),
@@ -81,7 +87,7 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
             options.mode, options.loss, options.seed, _examples(probed, guess), seen.origin, seen.assumed
         ),
         coverage=_coverage(graph, guess, probed),
-        layers=facts.layers,
+        layers=layers,
         weights=facts.weights,
         findings=found,
         timing={k: round(v, 6) for k, v in timing.items()},
@@ -245,7 +251,7 @@ def _probe(
     found = probe(
         source.model,
         whole,
-        request(parts, guess),
+        request(parts, guess, pictures=options.pictures),
         loss=options.loss,
         mode=options.mode,
         seed=options.seed,

@@ -72,7 +72,7 @@ def check(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     for target in filter(None, (settings["output"], *files.values())):
         output.check_target(target)
     wants_page = "html" in files or settings["format"] == "html"
-    options = replace(flags.to_options(settings), histograms=wants_page)
+    options = replace(flags.to_options(settings), pictures=wants_page)
     paths = _models(models)
     known = settings.get("baseline")
     rules = _rules_checked(options, config, paths, known is not None)
@@ -100,12 +100,13 @@ def check(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
 @click.argument("head")
 @click.option("--format", type=flags.Word(("full", "json", "markdown", "html")), default="full", show_default=True)
 @click.option("-o", "--output", metavar="FILE", help="Write to FILE instead of standard output.")
+@click.option("--html", metavar="FILE", help="Write the page as well.")
 @click.option("--max-loss", type=click.FloatRange(min=0), metavar="DECADES", help="Exit code 1 if a layer lost more.")
 @flags.verdict_options
 @flags.analysis_options
 @click.pass_context
 def diff(ctx: click.Context, base: str, head: str, max_loss: float | None, **_: Any) -> int:
-    """Compare two models, or reports of --format json.
+    """Compare two models, or reports of --format json. Of two models it also says how far each weight moved.
 
     Exit code 1: new findings at or above --fail-on, or a layer's gradient lost more decades than --max-loss.
     """
@@ -113,9 +114,9 @@ def diff(ctx: click.Context, base: str, head: str, max_loss: float | None, **_: 
     from gradlint.report.difference import render_difference
 
     config, settings = _settings(ctx, [side for side in (base, head) if not side.endswith(".json")])
-    target = ctx.params["output"]
-    if target:
-        output.check_target(target)
+    target, page = ctx.params["output"], ctx.params["html"]
+    for file in filter(None, (target, page)):
+        output.check_target(file)
     options = flags.to_options(settings)
     sides: list[list[Report]] = []
     for side in (base, head):
@@ -127,7 +128,13 @@ def diff(ctx: click.Context, base: str, head: str, max_loss: float | None, **_: 
             return 2
         sides.append(reports)
     differences = compare_all(*sides)
-    _put(render_difference(differences, ctx.params["format"]), target)
+    if not any(side.endswith(".json") for side in (base, head)):
+        from gradlint.movement import movements
+
+        differences = [replace(d, moves=movements(d.base, d.head)) if d.base else d for d in differences]
+    _put(render_difference(differences, settings["format"]), target)
+    if page:
+        output.write_file(page, render_difference(differences, "html"))
     worse = _fails((f for item in differences for f in item.new), settings["fail-on"])
     lost = max_loss is not None and any(s.change < -max_loss for item in differences for s in item.shifts)
     return int(worse or lost)
@@ -160,7 +167,7 @@ def render_command(ctx: click.Context, report: str, **_: Any) -> int:
     """Write a report of --format json in another format."""
     from gradlint.compare import read_reports
 
-    params = ctx.params
+    params = flags.effective(ctx, {})
     reports = read_reports(report)
     several = len(reports) != 1
     _write(reports, several, params["format"], params["output"])

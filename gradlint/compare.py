@@ -31,11 +31,20 @@ class Shift:
 
 
 @dataclass(frozen=True)
+class Move:
+    """How far a weight moved: |w' - w| / |w|."""
+
+    weight: str
+    layer: str
+    moved: float
+
+
+@dataclass(frozen=True)
 class Difference:
     """`new` holds head's findings that base lacks or has at a lower level, `gone` those of base that head lacks.
 
     `shifts`: layers of both that changed by at least `NOTABLE` decades, the largest loss first. `base` is None for a
-    model that only head has.
+    model that only head has. moves: of the weights of both, where both model files were at hand.
     """
 
     base: Report | None
@@ -46,6 +55,7 @@ class Difference:
     shifts: tuple[Shift, ...]
     layers_added: int
     layers_removed: int
+    moves: tuple[Move, ...] = ()
 
 
 def compare(base: Report | None, head: Report) -> Difference:

@@ -150,6 +150,7 @@ _PLACE = _rows(
     ("init_ratio", "ratio", "fan_in * E[w^2] / gain^2, gain that of the following activation: 1 keeps the scale"),
     ("init_factor", "factor", "multiply the kernel by this and init_ratio becomes 1"),
     ("init_scheme", "text", "the scheme that fits the following activation: `He`, `Xavier`, `LeCun`, `orthogonal`"),
+    ("init_std", "value's", "standard deviation of the elements that this scheme gives"),
 )
 
 _LAYER = (

@@ -34,6 +34,7 @@ from gradlint.graph import (
     folded_batchnorms,
     is_float,
     is_gate,
+    main_output,
     module,
     op,
     source,
@@ -41,20 +42,24 @@ from gradlint.graph import (
 from gradlint.ops.activation import LOST, active_share, lost_share, saturated_share
 from gradlint.options import Options
 from gradlint.probe import Probe, Request, Skipped, activation_figures
+from gradlint.recurrent_facts import Profiles
 from gradlint.results import Evidence, LayerRow, WeightRow
 from gradlint.static_facts import StaticFacts, static_facts
 from gradlint.structure import unit_axis
 from gradlint.transfer import ELEMENTWISE, spectrum, steepest
 from gradlint.trunk import depths
+from gradlint.weight_facts import role
 
 _KINDS: tuple[Evidence, ...] = ("estimated", "measured")
 _REACH = 4.0  # standard deviations that an input reaches from its mean
 _ALIVE = 0.01  # a unit that is active less often is taken for dead
+PICTURED = frozenset({"kernel", "recurrent", "embedding"})  # roles of the weights that a page has pictures of
 EXPORT_LINE = "torch.onnx.export(model.train(), args, 'model.onnx', dynamo=True, optimize=False)"
 
 
-def request(parts: Anatomy, estimate: Estimate) -> Request:
-    """What the probe measures: outputs of layers, of sums, and of whatever several nodes read."""
+def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Request:
+    """What the probe measures: outputs of layers, of sums, and of whatever several nodes read. pictures: and the
+    histograms of a page."""
     graph = parts.graph
     values = [
         str(o.name)
@@ -69,18 +74,19 @@ def request(parts: Anatomy, estimate: Estimate) -> Request:
     features = str(read[0].name) if read else None
     softmax = {str(a.node.outputs[0].name): str(a.path[0][0].name) for a in attentions(graph) if a.path}
     curves = [str(n.name) for n in parts.activations if op(n) in ELEMENTWISE]
-    return Request(values, weights, curves, units, features, softmax)
+    kernels = list(dict.fromkeys(str(u.value.name) for u in parts.uses if role(u) in PICTURED)) if pictures else None
+    return Request(values, weights, curves, units, features, softmax, kernels)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything the judge and the report need."""
+    """Everything the judge and the report need. profiles: |dL/dh_t| per step of recurrent operators, by name."""
 
     layers: tuple[LayerRow, ...]
     weights: tuple[WeightRow, ...]
     subjects: tuple[Subject, ...]
     model: Mapping[str, Fact]
-    measured_nodes: int = 0
+    profiles: Profiles = field(default_factory=dict)
 
 
 @dataclass
@@ -139,7 +145,7 @@ def gather(
         known.facts |= _place(node, parts, estimate, depth(node), index, node in folded) | static.layers[node]
         known.facts["on_trunk"] = node in flow.trunk
         if isinstance(probed, Probe):
-            known.facts["output_non_finite"] = str(node.outputs[0].name) in lost
+            known.facts["output_non_finite"] = str(main_output(node).name) in lost
             known.evidence["output_non_finite"] = "measured"
         scope: Scope = "activation" if node in parts.activations else "layer"
         subjects.append(
@@ -163,12 +169,13 @@ def gather(
     extra = [*static.subjects, *pole_subjects(parts, estimate, proof, poles)]
     subjects = sorted([*subjects, *extra], key=lambda s: s.order)
     subjects.insert(0, Subject("model", None, None, 0, known.facts, known.evidence))
-    return Facts(tuple(rows), tuple(weights), (*subjects, *weight_subjects, *disconnected), known.facts)
+    every = (*subjects, *weight_subjects, *disconnected)
+    return Facts(tuple(rows), tuple(weights), every, known.facts, static.profiles)
 
 
 def _overflown(parts: Anatomy, measured: Probe | None) -> frozenset[str]:
     """Outputs of layers that held a NaN or an infinity: their mean tells (sums of squares overflow before they do)."""
-    names = {str(n.outputs[0].name) for n in parts.layers}
+    names = {str(main_output(n).name) for n in parts.layers}
     rows = measured.values.items() if measured is not None else ()
     return frozenset(n for n, row in rows if n in names and not math.isfinite(row.get("output_mean", 0.0)))
 
@@ -197,7 +204,7 @@ def _add_ratios(subjects: list[Subject]) -> None:
 def _layer_figures(
     node: ir.Node, parts: Anatomy, estimate: Estimate, proof: Proof, measured: Probe | None, flow: Flow
 ) -> dict[Evidence, dict[str, Any]]:
-    out = node.outputs[0]
+    out = main_output(node)
     name = str(out.name)
     cotangent = cotangent_norm(parts.graph, estimate)
     estimated: dict[str, Any] = {}
@@ -276,7 +283,7 @@ def _some_units(z: Moments) -> Moments:
 
 
 def _proved(node: ir.Node, proof: Proof, cotangent: float) -> dict[str, Any]:
-    out = node.outputs[0]
+    out = main_output(node)
     found: dict[str, Any] = {}
     if (box := proof.ranges.get(out)) is not None:
         found["output_range"] = [float(box.lo.min()), float(box.hi.max())]
@@ -317,7 +324,7 @@ def _layer_row(
         op_type=node.op_type,
         module=module(node),
         source=source(node),
-        shape=tuple(dims(node.outputs[0]) or ()),
+        shape=tuple(dims(main_output(node)) or ()),
         inputs=inputs,
         weights=tuple(dict.fromkeys(u.initializer for u in uses)),
         proved=kept["proved"],

@@ -143,8 +143,13 @@ _VERDICT = (
 
 _OUTPUT = (
     click.option("--format", type=Word(tuple(FORMATS)), default="full", show_default=True),
-    click.option("-o", "--output", metavar="FILE", help="Write the report to FILE instead of standard output."),
-    click.option("--html", metavar="FILE", help="Write the page as well."),
+    click.option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Write the report to FILE instead of standard output; .html, .json, .sarif and .md are formats.",
+    ),
+    click.option("--html", metavar="FILE", help="Write the page, with pictures of each layer, as well."),
     click.option("--json", metavar="FILE", help="Write JSON as well."),
     click.option("--sarif", metavar="FILE", help="Write SARIF as well."),
 )
@@ -189,6 +194,8 @@ def effective(ctx: click.Context, configured: Mapping[str, Any]) -> dict[str, An
         key = name.replace("_", "-")
         chosen = ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
         settings[key] = value if chosen or key not in configured else configured[key]
+    if ctx.get_parameter_source("format") is ParameterSource.DEFAULT and "format" not in configured:
+        settings["format"] = format_by_name(settings.get("output")) or settings["format"]
     if settings.pop("at-init", False):
         if settings.get("trained"):
             raise UsageError("--at-init and --trained exclude each other: give one of them")
@@ -198,6 +205,14 @@ def effective(ctx: click.Context, configured: Mapping[str, Any]) -> dict[str, An
     settings.pop("trained", None)
     settings["probe"] = not settings.pop("no-probe", False) and configured.get("probe", True)
     return {**configured, **settings}
+
+
+_FORMATS_BY_NAME = {".html": "html", ".json": "json", ".sarif": "sarif", ".md": "markdown"}
+
+
+def format_by_name(file: str | None) -> str | None:
+    """The format that an output file's name asks for, where no --format is given."""
+    return _FORMATS_BY_NAME.get(Path(file).suffix.lower()) if file else None
 
 
 def to_options(settings: Mapping[str, Any]) -> Options:

@@ -54,6 +54,11 @@ def dims(value: ir.Value | None) -> tuple[int, ...] | None:
     return tuple(int(d) for d in value.shape.numpy())
 
 
+def main_output(node: ir.Node) -> ir.Value:
+    """The first output that anything reads: of a recurrent operator it may be the last state alone."""
+    return next((o for o in node.outputs if o.uses() or o.is_graph_output()), node.outputs[0])
+
+
 def is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype in FLOATS
 

@@ -20,6 +20,7 @@ class Options:
     dimension and by input name; ranges: (lo, hi), stats: (means, standard deviations; one each, or one per channel), by
     input name. stage None: guess from the weights. threads 0: as many as the machine has. levels, limits: by rule;
     layer_ignores: rules (as in `ignore`) that stay quiet on layers and weights, by a glob on their names.
+    pictures: histograms and curves of each layer, for a page.
     """
 
     data: Path | None = None
@@ -47,4 +48,4 @@ class Options:
     limits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     layer_ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     timeout: float | None = None
-    histograms: bool = False
+    pictures: bool = False

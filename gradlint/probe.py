@@ -16,6 +16,7 @@ from gradlint.data import Arrays, Data
 from gradlint.exceptions import DataError
 from gradlint.figures import ACTIVATION, statistics
 from gradlint.graph import FLOATS, dims, is_float, op
+from gradlint.histograms import Histogram, View, Wanted, measure
 from gradlint.losses import seeds_of
 from gradlint.ops.batch_normalization import to_train_mode
 from gradlint.options import Loss
@@ -42,7 +43,8 @@ class Probe:
     weights: by initializer name: grad_rms, grad_mean_abs, zero_share; steps: |dL/dh_t| per time step by node name;
     cotangent: norm of the loss's gradient at the outputs, RMS over examples; alignment: of the last features with the
     inputs (`gradlint.alignment`); whole: data_mean, data_std, data_low, data_high over the float inputs; classes
-    and initial_loss under cross-entropy.
+    and initial_loss under cross-entropy; histograms: where asked for, by kind (`input` of an activation by its name,
+    `gradient` by initializer, `logits` and `entropy` by the softmax's output) and name.
     """
 
     values: Mapping[str, Mapping[str, float]]
@@ -54,8 +56,10 @@ class Probe:
     measured: frozenset[str]
     alignment: float | None = None
     whole: Mapping[str, float] = field(default_factory=dict)
+    histograms: Mapping[tuple[str, str], Histogram] = field(default_factory=dict)
     build_s: float = 0.0
     run_s: float = 0.0
+    histograms_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Request:
     """What to measure: values by name, weights by initializer name, activation nodes by name.
 
     units: the axis of units by activation name; features: the value the last layer reads; attentions: the softmax's
-    output by name, and its logits before masks.
+    output by name, and its logits before masks; pictured: weights whose gradients' histograms are wanted, with those
+    of all activations and attentions (None: no histograms).
     """
 
     values: Sequence[str]
@@ -72,6 +77,7 @@ class Request:
     units: Mapping[str, int] = field(default_factory=dict)
     features: str | None = None
     attentions: Mapping[str, str] = field(default_factory=dict)
+    pictured: Sequence[str] | None = None
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -138,6 +144,8 @@ def probe(
     for k, cotangent in enumerate(dict.fromkeys(seeds.values())):
         taps.add("seed", str(k), b.op("ReduceSumSquare", cotangent, keepdims=0))
     b.emit(graph)
+    to_count = _to_count(request, values, nodes, grads)
+    counted = graph.clone() if to_count else None  # before the taps take the names of values
     graph.outputs.clear()
     name_outputs(graph, taps)
     try:
@@ -150,6 +158,9 @@ def probe(
     except runtime_errors() as error:
         return Skipped(f"the model rejects the data: {_first_line(error)}", _input_hint(graph, data), rejected=True)
     ran = time.perf_counter()
+    del session
+    histograms = _histograms(model, counted, to_count, feeds, threads) if counted is not None else {}
+    ended = time.perf_counter()
     examples = batch * chunks
     found = statistics(taps, sums, values, examples if loss != "linear" else 1, batch, chunks)
     measured = frozenset(str(n.name) for n in b.reached)
@@ -157,7 +168,8 @@ def probe(
     if ("gram", "features") in sums:
         likeness = alignment(gram_of_inputs(data.inputs.values(), batch), sums["gram", "features"])
     whole = _input_figures(data.inputs) | _initial_loss(sums, seeds)
-    return Probe(*found, examples, cuts, measured, likeness, whole, built - started, ran - built)
+    times = (built - started, ran - built, ended - ran)
+    return Probe(*found, examples, cuts, measured, likeness, whole, histograms, *times)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
@@ -216,6 +228,47 @@ def _learn_shapes(model: ir.Model, graph: ir.Graph, feeds: Arrays, threads: int)
         feed = {i.name: part(feeds[i.name], 0, i.shape) for i in session.get_inputs()}
         for output, array in zip(unknown, session.run([o.name for o in unknown], feed), strict=True):
             output.shape = ir.Shape(array.shape)
+
+
+def _to_count(
+    request: Request,
+    values: Mapping[str, ir.Value],
+    nodes: Mapping[str | None, ir.Node],
+    grads: Mapping[ir.Value, ir.Value],
+) -> dict[tuple[str, str], Wanted]:
+    """What histograms are made of, by kind and name: whatever of it has a known shape; nothing where none are asked
+    for."""
+    found: dict[tuple[str, str], Wanted] = {}
+    if request.pictured is None:
+        return found
+
+    def add(kind: str, name: str, value: ir.Value | None, shape: tuple[int, ...] | None, view: View = "plain") -> None:
+        # A value that nothing computes is an input of the graph, or a weight: no picture of an activation.
+        if value is not None and value.producer() is not None and shape is not None and math.prod(shape) > 1:
+            found[kind, name] = Wanted(str(value.name), shape, view)
+
+    for name in request.activations:
+        node = nodes.get(name)
+        if node is not None and op(node) in ELEMENTWISE and is_float(node.inputs[0]):
+            add("input", name, node.inputs[0], dims(node.inputs[0]))
+    for name in request.pictured:
+        add("gradient", name, grads.get(values[name]), dims(values[name]), "log")
+    for name, logits in request.attentions.items():
+        if name in values and logits in values:
+            add("logits", name, values[logits], dims(values[logits]), "centered")
+            add("entropy", name, values[name], dims(values[name]), "entropy")
+    return found
+
+
+def _histograms(
+    model: ir.Model, graph: ir.Graph, wanted: Mapping[tuple[str, str], Wanted], feeds: Arrays, threads: int
+) -> dict[tuple[str, str], Histogram]:
+    """Counted in a run of its own, which the figures of the report don't wait for; none where it can't be run."""
+    try:
+        found = measure(model, graph, list(wanted.values()), feeds, threads)
+    except runtime_errors():
+        return {}
+    return {key: histogram for key, histogram in zip(wanted, found, strict=True) if histogram is not None}
 
 
 def activation_figures(found: Probe, node: str) -> Mapping[str, float]:

@@ -64,6 +64,34 @@ class Finding:
     fingerprint: str = ""
 
 
+PictureKind = Literal["input", "weight", "gradient", "time", "logits", "entropy"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A histogram or a curve of a layer; only reports made for a page have them.
+
+    kind: what it shows of `subject` (a value, weight or node): the `input` of an activation, a `weight`, the `gradient`
+    of a weight (on an axis of log10 of the elements' size), the gradient's norm over the `time` steps (log10), the
+    `logits` of an attention (centred per query), the `entropy` of its weights as a share of that of uniform ones.
+    low, high: the ends of the horizontal axis. counts: a sample's elements in equal bins between them; left_out: how
+    many had no place there (not finite, or zero where the axis is logarithmic). curve: at evenly spaced points, for
+    `input` |f'| over its largest in each bin, for `time` the norm at the steps. scheme, std: the initialisation that a
+    weight should have, and its standard deviation; of logits std alone.
+    """
+
+    kind: PictureKind
+    subject: str
+    low: float
+    high: float
+    counts: tuple[int, ...] = ()
+    left_out: int = 0
+    curve: tuple[float, ...] = ()
+    evidence: Evidence | None = None
+    scheme: str | None = None
+    std: float | None = None
+
+
 @dataclass(frozen=True)
 class LayerRow:
     """A layer and what each kind of evidence says of its output. `inputs` names the layers it reads."""
@@ -79,6 +107,7 @@ class LayerRow:
     estimated: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
     blame: tuple[Blame, ...] = ()
+    pictures: tuple[Picture, ...] | None = None  # None: not asked for
 
 
 @dataclass(frozen=True)
@@ -235,18 +264,22 @@ def _read_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
         return None
     for kind in kinds:
         plain = typing.get_origin(kind) or kind
-        if isinstance(value, Mapping if is_dataclass(plain) else (int, float) if plain is float else plain):
+        stored = _STORED.get(plain, Mapping if is_dataclass(plain) else plain)
+        if isinstance(value, stored):
             return _read(kind, value, place)
     names = " or ".join(_NAMES.get(typing.get_origin(kind) or kind, "an object") for kind in kinds)
     raise UsageError(f"{place}: expected {names}, found {_kind(value)}")
 
 
+# How JSON holds a type, where not as itself.
+_STORED: Mapping[Any, Any] = {float: (int, float), tuple: list, Literal: str}
 _NAMES: Mapping[Any, str] = {
     str: "a string",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     list: "a list",
+    tuple: "a list",
     types.NoneType: "null",
 }
 

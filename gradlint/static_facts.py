@@ -27,12 +27,13 @@ from gradlint.weight_facts import norm_facts, role, trained_share, weight_facts
 @dataclass(frozen=True)
 class StaticFacts:
     """layers: by layer and residual addition; weights: by (layer, input); subjects: residual additions (which are no
-    layers), recurrences and attentions; model: facts of the whole."""
+    layers), recurrences and attentions; model: facts of the whole; profiles: |dL/dh_t| of recurrent operators."""
 
     layers: Mapping[ir.Node, dict[str, Fact]]
     weights: Mapping[tuple[ir.Node, int], dict[str, Fact]]
     subjects: tuple[Subject, ...]
     model: Mapping[str, Fact]
+    profiles: Profiles
 
 
 def static_facts(
@@ -77,7 +78,7 @@ def static_facts(
         "trained_share": trained_share(list(weights.values())),
         "precision": _precision(parts),
     }
-    return StaticFacts(layers, weights, tuple(subjects), model)
+    return StaticFacts(layers, weights, tuple(subjects), model, profiles)
 
 
 def _profiles(ctx: Context, graph: ir.Graph, estimate: Estimate) -> dict[str, np.ndarray]:

@@ -319,7 +319,7 @@ def weight_facts(
         if role == "kernel" and op(use.layer) not in _RECURRENT:
             facts |= _scale_facts(numbers.rms, sizes[0], activation, alpha, normalised)
         else:
-            facts["init_scheme"] = "orthogonal"
+            facts |= {"init_scheme": "orthogonal", "init_std": math.sqrt(1 / max(sizes))}
     release(use.value.const_value)
     return facts
 
@@ -347,10 +347,11 @@ def _fit_facts(fit: Fit | None) -> dict[str, Fact]:
 
 def _scale_facts(rms: float, fan_in: float, activation: str, alpha: float, normalised: bool) -> dict[str, Fact]:
     square, scheme = gain(activation, alpha)
+    facts: dict[str, Fact] = {"init_scheme": scheme, "init_std": math.sqrt(square / fan_in)}
     if normalised or not rms > 0:
-        return {"init_scheme": scheme}
+        return facts
     ratio = fan_in * rms**2 / square
-    return {"init_scheme": scheme, "init_ratio": ratio, "init_factor": 1 / math.sqrt(ratio)}
+    return facts | {"init_ratio": ratio, "init_factor": 1 / math.sqrt(ratio)}
 
 
 def trained_share(facts: Sequence[Mapping[str, Fact]], least: int = 500) -> float | None:

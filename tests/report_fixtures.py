@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gradlint.results import (
     Fix,
     LayerRow,
     ModelInfo,
+    Picture,
     Report,
     Settings,
     Source,
@@ -37,6 +39,27 @@ def _flow(decades: float, **more: float) -> dict[str, Any]:
     norm = 3.2 * 10**decades
     return {"output_mean": 0.1, "output_std": 0.5, "signal": 0.9, "grad_rms": norm / 8, "grad_norm": norm,
             "decades": decades, "gain": -0.1, **more}  # fmt: skip
+
+
+def pictures(weight: str, decades: float = 0.0) -> tuple[Picture, ...]:
+    """One picture of each kind."""
+    hill = tuple(round(900 * math.exp(-((k - 15.5) ** 2) / 50)) for k in range(32))
+    slope = tuple(round(1 / math.cosh((k - 15.5) / 6) ** 2, 3) for k in range(32))
+    return (
+        Picture("input", f"{weight}.z", -9.0, 9.0, hill, curve=slope),
+        Picture("weight", weight, -0.3, 0.3, hill, scheme="He", std=0.25),
+        Picture("gradient", weight, decades - 4.0, decades, hill, left_out=500),
+        Picture("time", weight, 1.0, 200.0, curve=tuple(decades + k / 10 for k in range(120)), evidence="measured"),
+        Picture("logits", weight, -2.0, 2.0, hill, std=0.6),
+        Picture("entropy", weight, 0.2, 0.9, hill),
+    )
+
+
+def with_pictures(report: Report, each: int = 6) -> Report:
+    """The report as a run for a page has it: layers with weights have `each` pictures, the others none."""
+    rows = (replace(r, pictures=pictures(r.weights[0], number)[:each] if r.weights else ())
+            for r in report.layers for number in [r.measured.get("decades") or 0.0])  # fmt: skip
+    return replace(report, layers=tuple(rows))
 
 
 def sigmoid_chain(depth: int = 50) -> Report:
@@ -132,14 +155,25 @@ HOSTILE_NAMES = (
 )
 
 
+def _odd_pictures(name: str, first: float | None, second: float | None) -> tuple[Picture, ...]:
+    """Pictures from a file that anyone may have written."""
+    low, high = (math.nan if v is None else v for v in (first, second))
+    odd = [Picture(p.kind, name, low, high, p.counts, 3, (low, high), None, name, -1.0) for p in pictures(name)]
+    odd += [replace(p, subject=name, counts=(), curve=()) for p in pictures(name)]
+    odd += [replace(p, subject=name, counts=(-1, 5), curve=(0.5, 7.0)) for p in pictures(name)]
+    odd += [replace(p, subject=name, scheme=name, std=1e308, low=p.high, high=p.low) for p in pictures(name)]
+    return (*odd, *(replace(p, subject=name, scheme=name, std=1e-308, left_out=-7) for p in pictures(name)))
+
+
 def hostile() -> Report:
-    """Names that attack every output, and figures that are no numbers."""
+    """Names that attack every output, and figures that are no numbers, in pictures too."""
     odd = (math.nan, math.inf, -math.inf, None, 0.0, 1e308)
     layers = []
     for i, name in enumerate(HOSTILE_NAMES):
         flow = {"grad_norm": odd[i % 6], "decades": odd[(i + 1) % 6], "signal": odd[(i + 2) % 6], "slope": math.nan}
         layers.append(LayerRow(name, name[:40], name, Source(name, 3), ("N", name, 3), HOSTILE_NAMES[:i], (name,),
-                               flow, flow, flow, (Blame(name, name, odd[i % 6] or 0.0),)))  # fmt: skip
+                               flow, flow, flow, (Blame(name, name, odd[i % 6] or 0.0),),
+                               _odd_pictures(name, odd[i % 6], odd[(i + 1) % 6])))  # fmt: skip
     weights = tuple(
         WeightRow(name, name, (3, 3), math.nan, True, [name, name], {"grad_rms": math.inf}, {"grad_rms": None})
         for name in HOSTILE_NAMES

@@ -6,12 +6,15 @@ import base64
 import hashlib
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from report_fixtures import HOSTILE_NAMES, healthy_resnet, hostile, sigmoid_chain
+from report_fixtures import HOSTILE_NAMES, healthy_resnet, hostile, sigmoid_chain, with_pictures
 
+from gradlint.compare import Move, compare
 from gradlint.report import render
+from gradlint.report.difference import render_difference
 from gradlint.report.page import fix_blocks, waterfall
 
 _VOID = {"meta", "input", "link", "br", "img", "col", "hr"}
@@ -47,17 +50,25 @@ class _Page(HTMLParser):
         return [attributes[name] or "" for _, attributes in self.tags if name in attributes]
 
 
+MOVES = tuple(Move(name, name, moved) for name, moved in zip(HOSTILE_NAMES, (0.0, 1e-9, 0.3, 1e9) * 3, strict=True))
+PAGES = {
+    "changed": lambda: render_difference([compare(sigmoid_chain(12), sigmoid_chain(20))], "html"),
+    "hostile changed": lambda: render_difference(
+        [replace(compare(hostile(), healthy_resnet()), moves=MOVES), compare(None, hostile())], "html"
+    ),
+}
 REPORTS = {
     "sigmoid": [sigmoid_chain()],
     "resnet": [healthy_resnet()],
     "hostile": [hostile()],
+    "pictures": [with_pictures(sigmoid_chain(30))],
     "two": [sigmoid_chain(3), healthy_resnet()],
 }
 
 
-@pytest.fixture(params=REPORTS)
+@pytest.fixture(params=[*REPORTS, *PAGES])
 def page(request: pytest.FixtureRequest) -> _Page:
-    return _Page(render(REPORTS[request.param], "html"))
+    return _Page(PAGES[request.param]() if request.param in PAGES else render(REPORTS[request.param], "html"))
 
 
 def test_elements_nest_and_identifiers_are_unique_and_found(page: _Page) -> None:
@@ -129,6 +140,44 @@ def test_deep_models_fold_by_module_and_stay_small() -> None:
     summaries = [attributes for tag, attributes in page.tags if tag == "summary"]
     assert len(summaries) >= 100
     assert len(text) < 3_000_000
+
+
+def test_a_thousand_layers_with_pictures_stay_under_three_megabytes() -> None:
+    report = with_pictures(healthy_resnet(200), each=3)
+    assert len(report.layers) > 1000
+    text = render([report], "html")
+    assert len(text.encode()) < 3_000_000
+    assert text.count("<details><summary>pictures") == 250
+    assert "250 layers have them: those with findings, others at even steps" in text
+
+
+def test_layers_with_findings_come_first_where_not_all_have_pictures() -> None:
+    report = with_pictures(sigmoid_chain(600), each=1)
+    rows = re.findall(r'<tr role="row" id="m0-l(\d+)" class="(\w+)">.*?</tr>', render([report], "html"), re.DOTALL)
+    assert len(rows) == 1200
+    page = _Page(render([report], "html"))
+    assert [tag for tag, _ in page.tags].count("figure") == 250
+
+
+def test_a_picture_is_drawn_in_its_area_and_says_what_it_shows() -> None:
+    page = _Page(render([with_pictures(sigmoid_chain(1))], "html"))
+    figures = [tag for tag, _ in page.tags].count("figure")
+    assert figures == 6
+    spoken = [a.get("aria-label") or "" for tag, a in page.tags if tag == "svg" and a.get("viewbox")]
+    kinds = ("Input over the slope", "Weights ", "Gradient of ", "Gradient over the time steps", "Attention logits",
+             "Entropy of the attention")  # fmt: skip
+    assert all(any(text.startswith(kind) for text in spoken) for kind in kinds)
+    assert any("are zero" in text for text in spoken)
+    paths = [a["d"] or "" for tag, a in page.tags if tag == "path" and a.get("class") in ("bars", "curve", "shade")]
+    assert paths
+    assert not re.search("nan|inf|e[+-]", " ".join(paths))
+
+
+def test_what_cannot_be_drawn_is_left_out() -> None:
+    text = render([hostile()], "html")
+    paths = re.findall(r' (?:d|transform)="([^"]*)"', text)
+    assert paths
+    assert not [path for path in paths if re.search("nan|inf", path)]
 
 
 def test_skip_connections_are_drawn_as_arcs() -> None:

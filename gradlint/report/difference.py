@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from gradlint.compare import Difference, Shift
+from gradlint.compare import Difference, Move, Shift
 from gradlint.report.headline import ranked, risk_phrase
 from gradlint.report.markdown import inert
-from gradlint.report.text import count, decades, label, prose
+from gradlint.report.text import count, decades, label, prose, share
 from gradlint.results import Finding, Report
 
 FORMATS = ("full", "json", "markdown", "html")
@@ -25,7 +24,10 @@ def render_difference(differences: Sequence[Difference], format: str) -> str:
         text = json.dumps({"schema": SCHEMA, "models": [_plain(item) for item in differences]}, indent=1)
         return text.replace("\x7f", "\\u007f") + "\n"
     if format == "html":
-        return _page(differences)
+        # Imported here: only the page needs it.
+        from gradlint.report.comparison import render
+
+        return render(differences)
     section = _markdown if format == "markdown" else _text
     return "\n".join("\n".join(section(item)) + "\n" for item in differences)
 
@@ -46,6 +48,7 @@ def _plain(item: Difference) -> dict[str, Any]:
         "gone": findings(item.gone),
         "same": findings(item.same),
         "layers": {"added": item.layers_added, "removed": item.layers_removed, "changed": shifts},
+        "weights": [{"weight": m.weight, "layer": m.layer, "moved": m.moved} for m in item.moves],
     }
 
 
@@ -85,7 +88,14 @@ def _layers(item: Difference) -> list[str]:
         lines.append(f"and {count(rest, 'more layer')}")
     if item.base is not None and (item.layers_added or item.layers_removed):
         lines.append(f"layers: {item.layers_added} added, {item.layers_removed} removed")
+    if item.moves:
+        least, most = (pick(item.moves, key=lambda move: move.moved) for pick in (min, max))
+        lines.append(f"weights moved by {_moved(least)} to {_moved(most)}" if most.moved else "no weight moved")
     return lines
+
+
+def _moved(move: Move) -> str:
+    return f"{share(move.moved)} ({label(move.weight, 60)})"
 
 
 def _text(item: Difference) -> list[str]:
@@ -103,28 +113,3 @@ def _markdown(item: Difference) -> list[str]:
     if layers := _layers(item):
         lines += ["**Gradient by layer**", "", *(f"- {inert(line)}" for line in layers), ""]
     return lines
-
-
-def _page(differences: Sequence[Difference]) -> str:
-    # Imported here: only the page needs it.
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    models = [
-        {
-            "path": label(item.head.model.path),
-            "verdicts": _verdicts(item),
-            "counts": _counts(item),
-            "parts": [
-                (title, [(finding.level, _finding(finding)) for finding in ranked(some)])
-                for title, some in (("New", item.new), ("Gone", item.gone), ("The same", item.same))
-                if some
-            ],
-            "layers": _layers(item),
-        }
-        for item in differences
-    ]
-    return environment.get_template("difference.html").render(models=models) + "\n"

@@ -103,6 +103,8 @@ def _calm(report: Report, ladder: Sequence[Rung]) -> str:
     low, high = 10 ** min(min(values), 0.0), 10 ** max(max(values), 0.0)
     if low < 10**WEAK or high > 10**STRONG:
         return "The gradient reaches the layers; those that get little of it are branches beside a healthy trunk."
+    if f"{low:.2g}" == f"{high:.2g}":
+        return "Every layer gets a gradient to learn from, as large as that of the output."
     return f"Every layer gets a gradient to learn from: {low:.2g} to {high:.2g} times that of the output."
 
 

@@ -28,7 +28,7 @@ for (const filters of document.querySelectorAll(".filters")) {
 }
 
 for (const ladder of document.querySelectorAll(".ladder")) {
-  const parts = [...ladder.querySelectorAll("details")];
+  const parts = [...ladder.querySelectorAll("details.part")];
   if (!parts.length) continue;
   const button = document.createElement("button");
   button.type = "button";

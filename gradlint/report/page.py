@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from gradlint.report import explain
 from gradlint.report.arcs import Rail, rails
+from gradlint.report.document import document, environment, position
 from gradlint.report.headline import (
     counts_phrase,
     coverage_gaps,
@@ -30,11 +24,11 @@ from gradlint.report.headline import (
 )
 from gradlint.report.ladder import STARVED, STRONG, WEAK, Fold, Rung, axis, rungs
 from gradlint.report.modules import Group, tree
+from gradlint.report.pictures import Drawing, drawings, legend, pictured, ridges
 from gradlint.report.text import count, decades, figure, label, number, prose
 from gradlint.results import Finding, Report, WeightRow
 
-_HERE = Path(__file__).parent
-# Layers shown unfolded at first, in groups beyond it only where a finding lies.
+# Rows up to which groups are unfolded at first.
 _OPEN_ROWS = 80
 _SHOWN_CARDS = 5
 _STEPS = 6
@@ -62,6 +56,7 @@ class Line:
     tick: float | None
     bound: float | None
     columns: Mapping[str, str]
+    drawings: Sequence[Drawing]
 
     @property
     def level(self) -> str:
@@ -99,55 +94,32 @@ class Step:
     kind: str
 
 
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_HERE, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(label=label, blocks=fix_blocks, pct=_pct, shape=_shape, plain=_plain)
-    environment.tests.update(part=lambda item: isinstance(item, Part))
-    return environment
-
-
-def _inline(name: str) -> tuple[Markup, str]:
-    """A file's text for an inline element, and its hash for the Content-Security-Policy."""
-    text = (_HERE / name).read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return Markup(text), f"'sha256-{digest}'"
-
-
 def render(reports: Sequence[Report]) -> str:
     """One page for all reports; it loads nothing, and everything on it can be read without its script."""
-    style, style_hash = _inline("page.css")
-    script, script_hash = _inline("page.js")
     codes = {finding.rule: finding.code for report in reports for finding in report.findings}
     rules = sorted((label(code, 20), rule) for rule, code in codes.items())
-    policy = (
-        f"default-src 'none'; style-src {style_hash}; script-src {script_hash}; base-uri 'none'; form-action 'none'"
-    )
-    template = _environment().get_template("page.html")
-    page = template.render(
-        style=style,
-        script=script,
-        policy=policy,
+    return document(
+        "page.html",
         models=[_model(report, f"m{i}") for i, report in enumerate(reports)],
         explanations=[(code, rule, explain.slug(rule), text) for code, rule in rules if (text := explain.markup(rule))],
     )
-    return page.strip() + "\n"
 
 
 def _model(report: Report, anchor: str) -> dict[str, Any]:
     ladder = rungs(report)
     low, high = axis(ladder)
-    lines, dropped = _lines(report, ladder, anchor, low, high)
+    shown = pictured(ladder)
+    lines, dropped = _lines(report, ladder, shown, anchor, low, high)
     columns = [key for key in COLUMNS if any(line.columns[key] for line in lines)]
     model_facts, evidence = verdict_facts(report)
     anchors = {line.rung.row.name: line.anchor for line in lines}
+    ridge, *ends = ridges(ladder, shown, {i: line.anchor for i, line in enumerate(lines)})
     return {
+        "pictured": len(shown),
+        "fewer": legend(len(shown), sum(bool(rung.row.pictures) for rung in ladder)),
+        "ridges": ridge,
+        "ridge_ends": [decades(v) for v in ends],
+        "ridge_scale": [(position(v, *ends), f"{v:+.0f}" if v else "0") for v in ticks(*ends)] if ridge else [],
         "anchor": anchor,
         "report": report,
         "path": label(report.model.path),
@@ -168,8 +140,8 @@ def _model(report: Report, anchor: str) -> dict[str, Any]:
         "bounded": any(line.bound is not None for line in lines),
         "lanes": max((lane + 1 for line in lines for lane in line.rail.starts), default=0),
         "dropped": dropped,
-        "grid": [(_position(v, low, high), kind) for v, kind in _grid(low, high)],
-        "scale": [(_position(v, low, high), f"{v:+.0f}" if v else "0") for v in _ticks(low, high)],
+        "grid": [(position(v, low, high), kind) for v, kind in grid(low, high)],
+        "scale": [(position(v, low, high), f"{v:+.0f}" if v else "0") for v in ticks(low, high)],
         "columns": [(key, key.replace("/", "-"), COLUMNS[key]) for key in columns],
         "findings": list(_cards(report, anchors)),
         "levels": [level for level in ("error", "warning", "note") if report.summary.counts.get(level)],
@@ -193,10 +165,6 @@ def _shape(shape: Sequence[Any]) -> str:
     return "×".join(label(str(dim), 16) for dim in shape)
 
 
-def _position(value: float, low: float, high: float) -> float:
-    return 100 * min(max((value - low) / (high - low), 0.0), 1.0)
-
-
 def _plain(value: Any) -> str:
     finite = number({"": value}, "")
     return "" if finite is None else figure(finite)
@@ -209,22 +177,20 @@ def _parameter(weight: WeightRow) -> str:
     return label(weight.parameter or weight.name)
 
 
-def _pct(value: float) -> str:
-    return f"{value:.4g}%"
-
-
-def _grid(low: float, high: float) -> list[tuple[float, str]]:
+def grid(low: float, high: float) -> list[tuple[float, str]]:
     lines = [(0.0, "zero"), (WEAK, "weak"), (STARVED, "starved")]
     return lines + ([(STRONG, "weak"), (-STARVED, "starved")] if high > -STARVED else [])
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """At most nine round values on the axis, zero among them."""
     step = next((s * 10**e for e in range(4) for s in (1, 2, 5) if (high - low) / (s * 10**e) <= 8), 1000)
     return [float(v) for v in range(math.ceil(low / step) * step, math.floor(high / step) * step + 1, step)][:9]
 
 
-def _lines(report: Report, ladder: Sequence[Rung], anchor: str, low: float, high: float) -> tuple[list[Line], int]:
+def _lines(
+    report: Report, ladder: Sequence[Rung], shown: set[int], anchor: str, low: float, high: float
+) -> tuple[list[Line], int]:
     rail, dropped = rails(ladder)
     ratios = layer_ratio(report)
     lines = []
@@ -232,7 +198,7 @@ def _lines(report: Report, ladder: Sequence[Rung], anchor: str, low: float, high
         row = rung.row
 
         def place(value: float | None) -> float | None:
-            return None if value is None else _position(value, low, high)
+            return None if value is None else position(value, low, high)
 
         lines.append(
             Line(
@@ -247,6 +213,7 @@ def _lines(report: Report, ladder: Sequence[Rung], anchor: str, low: float, high
                 tick=place(rung.estimated) if rung.measured is not None else None,
                 bound=place(rung.bound) if rung.bound is not None and rung.bound < high else None,
                 columns=_columns(rung, ratios.get(row.name)),
+                drawings=drawings(rung) if i in shown else (),
             )
         )
     return lines, dropped
@@ -272,7 +239,8 @@ def _columns(rung: Rung, ratio: float | None) -> dict[str, str]:
 def _parts(
     items: Sequence[Rung | Group], lines: Mapping[int, Line], low: float, high: float, shown: list[int] | None = None
 ) -> tuple[Line | Part, ...]:
-    """Groups as parts that fold: open while few layers are shown, or where a finding of its own lies."""
+    """Groups as parts that fold: open, while few layers are shown, where a finding of their own lies, and those that
+    are most of the model, which would hide it."""
     shown = [0] if shown is None else shown
     result: list[Line | Part] = []
     for item in items:
@@ -280,9 +248,11 @@ def _parts(
             shown[0] += 1
             result.append(lines[id(item)])
             continue
-        is_open = item.fold.level in ("error", "warning") and shown[0] + len(item.items) <= _OPEN_ROWS
-        start = _position(min(item.fold.values), low, high) if item.fold.values else None
-        end = _position(max(item.fold.values), low, high) if item.fold.values else 0.0
+        most_of_it = 2 * len(item.fold.rungs) > len(lines)
+        wanted = most_of_it or item.fold.level in ("error", "warning")
+        is_open = wanted and shown[0] + len(item.items) <= _OPEN_ROWS
+        start = position(min(item.fold.values), low, high) if item.fold.values else None
+        end = position(max(item.fold.values), low, high) if item.fold.values else 0.0
         inner = _parts(item.items, lines, low, high, shown if is_open else [_OPEN_ROWS])
         result.append(Part(label(item.name), item.fold, inner, start, max(end - (start or 0.0), 0.6), is_open))
     return tuple(result)
@@ -361,3 +331,7 @@ def fix_blocks(text: str) -> list[tuple[str, str]]:
             kind = "prose" if i % 2 == 0 else "code" if lead.rstrip().endswith(":") else "word"
             pieces.append((kind, prose(part.removeprefix(".") if before == "code" else part)))
     return [(kind, part) for kind, part in pieces if part.strip(" .")]
+
+
+environment().filters.update(blocks=fix_blocks, shape=_shape, plain=_plain)
+environment().tests.update(part=lambda item: isinstance(item, Part))

@@ -117,6 +117,13 @@ def figure(value: float) -> str:
     return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
+def share(value: float) -> str:
+    """A part of a whole in per cent, as a multiple where it is many times that."""
+    if value >= 10:
+        return f"{figure(value)} times"
+    return f"{100 * value:.0f} %" if value >= 0.1 or value == 0 else f"{100 * value:.2g} %"
+
+
 def number(facts: Mapping[str, Any], key: str) -> float | None:
     """The finite number at `key`, None where it is not known, not applicable or not finite."""
     value = facts.get(key)

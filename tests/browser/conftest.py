@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
+from report_fixtures import healthy_resnet, hostile, with_pictures
+
+from gradlint.report import render
 
 SAMPLES = Path(__file__).parents[2] / "sample_models"
 MODELS = [path.stem for path in sorted(SAMPLES.glob("*.onnx"))]
@@ -17,27 +20,21 @@ MODELS = [path.stem for path in sorted(SAMPLES.glob("*.onnx"))]
 
 @pytest.fixture(scope="session")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The address of each sample's page, and of one page for all of them under `all`."""
+    """The address of each sample's page; of one for all of them under `all`, of what changed from one to another under
+    `changed`, of a thousand layers under `deep`, and of hostile names under `hostile`."""
     folder = tmp_path_factory.mktemp("pages")
     for model in MODELS:
-        _check(SAMPLES / f"{model}.onnx", folder / f"{model}.html")
-    _check(SAMPLES, folder / "all.html")
+        _gradlint(SAMPLES / f"{model}.onnx", "--html", folder / f"{model}.html", "--format", "concise")
+    _gradlint(SAMPLES, "--html", folder / "all.html", "--format", "concise")
+    sides = SAMPLES / "digits_relu.onnx", SAMPLES / "digits_sigmoid.onnx"
+    _gradlint("diff", *sides, "--html", folder / "changed.html")
+    (folder / "deep.html").write_text(render([with_pictures(healthy_resnet(200), each=3)], "html"), "utf-8")
+    (folder / "hostile.html").write_text(render([hostile()], "html"), "utf-8")
     return {path.stem: path.as_uri() for path in folder.iterdir()}
 
 
-def _check(model: Path, page: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "gradlint",
-        str(model),
-        "--fail-on",
-        "never",
-        "--format",
-        "concise",
-        "--html",
-        str(page),
-    ]
+def _gradlint(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "gradlint", *map(str, arguments), "--fail-on", "never"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

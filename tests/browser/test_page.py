@@ -19,7 +19,7 @@ def _open(browser: Browser, address: str, **settings: object) -> Page:
     return page
 
 
-@pytest.mark.parametrize("model", [*MODELS, "all"])
+@pytest.mark.parametrize("model", [*MODELS, "all", "changed", "deep", "hostile"])
 def test_it_loads_nothing_and_complains_of_nothing(model: str, pages: dict[str, str], browser: Browser) -> None:
     page = browser.new_page()
     requests: list[str] = []
@@ -36,17 +36,20 @@ def test_it_loads_nothing_and_complains_of_nothing(model: str, pages: dict[str, 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("model", ["digits_sigmoid", "resnet_bn", "all"])
+@pytest.mark.parametrize("model", ["digits_sigmoid", "resnet_bn", "all", "changed", "hostile"])
 def test_axe_finds_no_barrier(model: str, width: int, scheme: Scheme, pages: dict[str, str], browser: Browser) -> None:
     page = _open(browser, pages[model], bypass_csp=True, color_scheme=scheme, viewport={"width": width, "height": 900})
+    page.evaluate("for (const part of [...document.querySelectorAll('.look details')].slice(0, 6)) part.open = true")
     found = Axe().run(page)
     assert [violation["id"] for violation in found.response["violations"]] == []
     page.context.close()
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_runs_over_the_edge(width: int, pages: dict[str, str], browser: Browser) -> None:
-    page = _open(browser, pages["sigmoid_chain_50"], viewport={"width": width, "height": 900})
+@pytest.mark.parametrize("model", ["sigmoid_chain_50", "lstm_200", "changed", "hostile"])
+def test_nothing_runs_over_the_edge(model: str, width: int, pages: dict[str, str], browser: Browser) -> None:
+    page = _open(browser, pages[model], viewport={"width": width, "height": 900})
+    page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.context.close()
 
@@ -101,12 +104,12 @@ def test_a_fix_is_copied(pages: dict[str, str], browser: Browser) -> None:
 
 def test_groups_fold_all_at_once(pages: dict[str, str], browser: Browser) -> None:
     page = _open(browser, pages["resnet_bn"])
-    parts, button = page.locator(".ladder details"), page.locator(".ladder h2 button")
+    parts, button = page.locator(".ladder details.part"), page.locator(".ladder h2 button")
     if button.inner_text() == "Unfold all":
         button.click()
-    assert page.locator(".ladder details[open]").count() == parts.count() > 0
+    assert page.locator(".ladder details.part[open]").count() == parts.count() > 0
     button.click()
-    assert page.locator(".ladder details[open]").count() == 0
+    assert page.locator(".ladder details.part[open]").count() == 0
     expect(button).to_have_text("Unfold all")
     page.context.close()
 
@@ -134,5 +137,7 @@ def test_it_reads_without_its_script(pages: dict[str, str], browser: Browser) ->
     assert page.locator(".ladder tbody tr").count() >= 13
     expect(page.locator(".findings .card .message").first).to_be_visible()
     expect(page.locator(".fixes pre code").first).to_be_visible()
+    page.locator(".look summary").first.click()
+    expect(page.locator(".look figure").first).to_be_visible()
     assert page.locator("button:visible").count() == 0
     page.context.close()

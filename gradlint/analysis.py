@@ -34,6 +34,7 @@ from gradlint.recurrent_facts import unknown_lengths
 from gradlint.results import LEVELS, Coverage, ModelInfo, Report, Settings, Summary
 from gradlint.risk import risk
 from gradlint.rulebook import Rulebook, configured_rules
+from gradlint.source_tree import locate_sources
 from gradlint.stage import guess_stage
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     disconnected = tuple(disconnected_subjects(graph))
     sizes = canonicalize(source.model, bound, source.path)
     split_merged(source.model)
+    locate_sources(graph, options.source_root)
     assumed = [*sizes, *(f"{n} = {a.item()}" for n, a in settings.items() if n not in options.values)]
     loaded = time.perf_counter()
     parts = anatomy(graph)

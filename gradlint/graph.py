@@ -311,14 +311,24 @@ def _torchscript_name(node: ir.Node, index: int) -> str | None:
     return f"{owner}.{'bias' if node.op_type == 'Add' or index == 2 else 'weight'}"
 
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_FRAME = re.compile(r'File "([^"]+)", line (\d{1,9})\b')
+
+
+def frames(node: ir.Node) -> list[tuple[str, int]]:
+    """Files and lines of the stack that torch recorded when it traced the node, outermost first."""
+    stack = node.metadata_props.get("pkg.torch.onnx.stack_trace", "")
+    return [(path, int(line)) for path, line in _FRAME.findall(stack)]
+
+
+def place(node: ir.Node, where: Source) -> None:
+    """Remember which line of the user's the node was written on."""
+    node.meta["source"] = where
 
 
 def source(node: ir.Node) -> Source | None:
-    """The user's own line: the innermost frame outside site-packages and the standard library."""
-    frames = _FRAME.findall(node.metadata_props.get("pkg.torch.onnx.stack_trace", ""))
-    own = [f for f in frames if not re.search(r"(site|dist)-packages|/lib/python3", f[0])]
-    return Source(own[-1][0], int(own[-1][1])) if own else None
+    """The user's own line, where `source_tree` found it."""
+    found = node.meta.get("source")
+    return found if isinstance(found, Source) else None
 
 
 def folded_batchnorms(graph: ir.Graph) -> list[ir.Node]:

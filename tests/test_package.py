@@ -86,6 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "results": {"exceptions"},
     "graph": {"results"},
     "load": {"exceptions", "graph"},
+    "source_tree": {"exceptions", "graph", "results"},
     "data": {"exceptions", "graph"},
     "transfer": _TABLES - {"ops", "ops.*"},
     "ops": _TABLES,

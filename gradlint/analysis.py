@@ -25,6 +25,7 @@ from gradlint.exceptions import DataError, UsageError
 from gradlint.fact_table import Fact, Subject
 from gradlint.facts import EXPORT_LINE, Facts, gather, request
 from gradlint.graph import FLOATS, dims, folded_batchnorms, is_float, op, split_merged
+from gradlint.identity import identities
 from gradlint.judge import judge, verdict
 from gradlint.load import Source, from_proto, read, source
 from gradlint.options import Options
@@ -66,6 +67,7 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
         ignore=options.ignore,
         extend_select=options.extend_select,
         layer_ignores=options.layer_ignores,
+        identities=identities(parts),
     ).findings
     timing = {
         "load_s": seen.load_s,

@@ -82,7 +82,7 @@ _TABLES = {"backward", "broadcasting", "composition", "constants", "domain", "ex
 MAY_IMPORT: dict[str, set[str]] = {
     "exceptions": set(),
     "domain": set(),
-    "options": set(),
+    "options": {"exceptions"},
     "results": {"exceptions"},
     "graph": {"results"},
     "load": {"exceptions", "graph"},

@@ -245,18 +245,24 @@ def _literal(text: str) -> list[str]:
     return [s for s in found if isinstance(s, str)] if isinstance(found, list) else []
 
 
+_CALL = re.compile(r"(Stateful)?PartitionedCall(_\d+)?")  # TensorFlow's own wrapping of a whole model
+
+
 def module(node: ir.Node) -> str | None:
-    """The module the layer belongs to, dotted: by torch's metadata, a TorchScript name, or its weights' names."""
+    """The module the layer belongs to, dotted: by torch's metadata, a TorchScript name, its weights' names, or the path
+    that tf2onnx leaves in a Keras layer's name (`model/dense/MatMul`).
+    """
     scopes = _scopes(node)
     if len(scopes) > 1:
         return scopes[-2] or None
-    path = [p for p in (node.name or "").split("/") if p]
-    if (node.name or "").startswith("/") and len(path) > 1:
+    name = node.name or ""
+    path = [p for p in name.split("/") if p and not _CALL.fullmatch(p)]
+    if name.startswith("/") and len(path) > 1:
         return ".".join(path[:-1])
     for value in node.inputs:
         if value is not None and value.is_initializer() and "." in (value.name or ""):
             return str(value.name).rpartition(".")[0]
-    return None
+    return ".".join(path[:-1]) or None
 
 
 def _mangled(name: str) -> str:

@@ -107,6 +107,23 @@ def test_modules_and_frames_come_from_the_exporter() -> None:
     assert {path for n in graph for path, _ in frames(n)[:1]} == {"golden.py"}
 
 
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("/layers/layers.0/Gemm", "layers.layers.0"),
+        ("/Relu", None),
+        ("sequential/dense_1/MatMul", "sequential.dense_1"),
+        ("StatefulPartitionedCall/sequential/dense_1/BiasAdd", "sequential.dense_1"),
+        ("StatefulPartitionedCall_1/MatMul", None),
+        ("dense", None),
+    ],
+)
+def test_names_of_torchscript_and_tf2onnx_give_the_module(name: str, path: str | None) -> None:
+    (node,) = text("y = Relu(x)")
+    node.name = name
+    assert module(node) == path
+
+
 def test_malformed_metadata_is_ignored() -> None:
     graph = text("y = Relu(x)")
     (node,) = graph

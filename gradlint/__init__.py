@@ -9,8 +9,9 @@ backward = gradlint.differentiate("model.onnx")
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradlint.exceptions import DataError, GradlintError, ModelError, UsageError
@@ -24,14 +25,24 @@ __version__ = "0.1.0"
 __all__ = ["DataError", "GradlintError", "ModelError", "Options", "Report", "UsageError", "check", "differentiate"]
 
 
-def check(model: str | os.PathLike[str] | onnx.ModelProto, options: Options | None = None, **changes: Any) -> Report:
-    """Analyse one model and judge it.
+def check(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    data: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    *,
+    options: Options | None = None,
+    **settings: Any,
+) -> Report:
+    """Analyse one model and judge it; prints nothing, writes nothing.
 
-    model: a path, or a ModelProto. changes: fields of `Options` by name. Raises ModelError, DataError, UsageError.
+    model: a path, or a ModelProto. data: examples for the probe, a path as for `--data` or arrays by input name
+    (`target` or `target.<output>` for the loss); without, they are drawn. settings: fields of `Options` by name, such
+    as `loss="cross-entropy"`. Raises ModelError, DataError or UsageError, all of them GradlintError.
     """
     from gradlint.analysis import analyse
 
-    return analyse(model, replace(options or Options(), **changes))
+    if data is not None:
+        settings["data"] = data if isinstance(data, Mapping) else Path(data)
+    return analyse(model, replace(options or Options(), **settings))
 
 
 def differentiate(

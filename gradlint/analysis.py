@@ -25,6 +25,7 @@ from gradlint.exceptions import DataError, UsageError
 from gradlint.fact_table import Fact, Subject
 from gradlint.facts import EXPORT_LINE, Facts, gather, request
 from gradlint.graph import FLOATS, dims, folded_batchnorms, is_float, op, split_merged
+from gradlint.identity import identities
 from gradlint.judge import judge, verdict
 from gradlint.load import Source, from_proto, read, source
 from gradlint.options import Options
@@ -35,6 +36,7 @@ from gradlint.recurrent_facts import unknown_lengths
 from gradlint.results import LEVELS, Coverage, ModelInfo, Report, Settings, Summary
 from gradlint.risk import risk
 from gradlint.rulebook import Rulebook, configured_rules
+from gradlint.source_tree import locate_sources
 from gradlint.stage import guess_stage
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
         ignore=options.ignore,
         extend_select=options.extend_select,
         layer_ignores=options.layer_ignores,
+        identities=identities(parts),
     ).findings
     timing = {
         "load_s": seen.load_s,
@@ -130,6 +133,7 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     disconnected = tuple(disconnected_subjects(graph))
     sizes = canonicalize(source.model, bound, source.path)
     split_merged(source.model)
+    locate_sources(graph, options.source_root)
     assumed = [*sizes, *(f"{n} = {a.item()}" for n, a in settings.items() if n not in options.values)]
     loaded = time.perf_counter()
     parts = anatomy(graph)

@@ -98,7 +98,7 @@ def check_models(
 def _check(path: str, options: Options) -> Report | Fault:
     from gradlint import check
 
-    outcome = guarded(lambda: check(path, options))
+    outcome = guarded(lambda: check(path, options=options))
     if isinstance(outcome, Fault) and path not in outcome.message:
         return Fault(f"{path}: {outcome.message}")
     return outcome
@@ -188,4 +188,4 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         pipe.send(None)
-        pipe.send(_check(path, options))
+        pipe.send(_check(path, options=options))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +65,9 @@ def compare(base: Report | None, head: Report) -> Difference:
     before = {finding.fingerprint: finding for finding in base.findings} if base else {}
     after = {finding.fingerprint for finding in head.findings}
     known = [finding for finding in head.findings if _is_known(finding, before.get(finding.fingerprint))]
-    old = {row.name: row for row in base.layers} if base else {}
-    names = {row.name for row in head.layers}
-    shifts = [shift for row in head.layers if row.name in old and (shift := _shift(old[row.name], row)) is not None]
+    old = _layers(base) if base else {}
+    now = _layers(head)
+    shifts = [shift for key, row in now.items() if key in old and (shift := _shift(old[key], row)) is not None]
     return Difference(
         base=base,
         head=head,
@@ -73,17 +75,30 @@ def compare(base: Report | None, head: Report) -> Difference:
         gone=tuple(finding for finding in before.values() if finding.fingerprint not in after),
         same=tuple(known),
         shifts=tuple(sorted((s for s in shifts if abs(s.change) >= NOTABLE), key=lambda s: s.change)),
-        layers_added=len(names - old.keys()),
-        layers_removed=len(old.keys() - names),
+        layers_added=len(now.keys() - old.keys()),
+        layers_removed=len(old.keys() - now.keys()),
     )
 
 
 def compare_all(bases: Sequence[Report], heads: Sequence[Report]) -> list[Difference]:
-    """One report against one, whatever their models are called; of several, those of the same path."""
+    """One report against one, whatever their models are called; of several, those of the same path, or of the same
+    path below the folder that holds a side's models.
+    """
     if len(bases) == len(heads) == 1:
         return [compare(bases[0], heads[0])]
     by_path = {report.model.path: report for report in bases}
-    return [compare(by_path.get(head.model.path), head) for head in heads]
+    by_place = dict(zip(_places(bases), bases, strict=True))
+    return [
+        compare(by_path.get(head.model.path) or by_place.get(place), head)
+        for head, place in zip(heads, _places(heads), strict=True)
+    ]
+
+
+def _places(reports: Sequence[Report]) -> list[str]:
+    """The models' paths below the folder common to all."""
+    folders = [os.path.dirname(os.path.abspath(report.model.path)) for report in reports]
+    common = os.path.commonpath(folders) if folders else ""
+    return [os.path.relpath(os.path.abspath(report.model.path), common) for report in reports]
 
 
 def read_reports(path: str | Path) -> list[Report]:
@@ -101,6 +116,23 @@ def read_reports(path: str | Path) -> list[Report]:
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
     return reports
+
+
+def _layers(report: Report) -> dict[str, LayerRow]:
+    """Layers by their first parameter, those without by their operator and the layer before: nodes are renumbered."""
+    parameters: dict[str, str] = {}
+    for weight in report.weights:
+        parameters.setdefault(weight.layer, str(weight.parameter or weight.name))
+    keys: dict[str, str] = {}
+    found: dict[str, LayerRow] = {}
+    seen: Counter[str] = Counter()
+    for row in report.layers:
+        before = next((keys[name] for name in row.inputs if name in keys), "")
+        keys[row.name] = parameters.get(row.name, before)
+        key = parameters.get(row.name) or f"{row.op_type} after {before}"
+        seen[key] += 1
+        found[f"{key}#{seen[key]}"] = row
+    return found
 
 
 def _is_known(finding: Finding, before: Finding | None) -> bool:

@@ -38,15 +38,24 @@ class Data:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_data(path: str | Path, inputs: Mapping[str, ir.Value], outputs: tuple[str, ...]) -> Data:
-    """Read .npz, .npy, a folder of .npy, or an ONNX test_data_set folder of .pb.
+def read_data(
+    given: str | Path | Mapping[str, np.ndarray], inputs: Mapping[str, ir.Value], outputs: tuple[str, ...]
+) -> Data:
+    """Read .npz, .npy, a folder of .npy, or an ONNX test_data_set folder of .pb; or take arrays by name.
 
     inputs: the model's inputs by name; outputs: names of its outputs. Raises DataError.
     """
-    path = Path(path)
+    if isinstance(given, Mapping):
+        return _sorted({str(name): np.asarray(array) for name, array in given.items()}, inputs, outputs, "given arrays")
+    path = Path(given)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     arrays = _folder(path, inputs, outputs) if path.is_dir() else _file(path, inputs)
+    return _sorted(arrays, inputs, outputs, str(path))
+
+
+def _sorted(arrays: Arrays, inputs: Mapping[str, ir.Value], outputs: tuple[str, ...], origin: str) -> Data:
+    """Inputs and targets told apart by their names."""
     given: Arrays = {}
     targets: Arrays = {}
     for name, array in arrays.items():
@@ -58,13 +67,13 @@ def read_data(path: str | Path, inputs: Mapping[str, ir.Value], outputs: tuple[s
             known = {n.lower(): n for n in [*inputs, "target"]}
             near = difflib.get_close_matches(name.lower(), known, 1)
             hint = f"; did you mean {known[near[0]]!r}?" if near else ""
-            raise DataError(f"{path}: the model has no input {name!r} (inputs: {', '.join(inputs)}){hint}")
+            raise DataError(f"{origin}: the model has no input {name!r} (inputs: {', '.join(inputs)}){hint}")
     for name in targets:
         if name and name not in outputs:
             raise DataError(
-                f"{path}: 'target.{name}': the model has no output {name!r} (outputs: {', '.join(outputs)})"
+                f"{origin}: 'target.{name}': the model has no output {name!r} (outputs: {', '.join(outputs)})"
             )
-    return Data(given, targets, str(path))
+    return Data(given, targets, origin)
 
 
 def _file(path: Path, inputs: Mapping[str, ir.Value]) -> Arrays:

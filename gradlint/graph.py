@@ -250,18 +250,24 @@ def _literal(text: str) -> list[str]:
     return [s for s in found if isinstance(s, str)] if isinstance(found, list) else []
 
 
+_CALL = re.compile(r"(Stateful)?PartitionedCall(_\d+)?")  # TensorFlow's own wrapping of a whole model
+
+
 def module(node: ir.Node) -> str | None:
-    """The module the layer belongs to, dotted: by torch's metadata, a TorchScript name, or its weights' names."""
+    """The module the layer belongs to, dotted: by torch's metadata, a TorchScript name, its weights' names, or the path
+    that tf2onnx leaves in a Keras layer's name (`model/dense/MatMul`).
+    """
     scopes = _scopes(node)
     if len(scopes) > 1:
         return scopes[-2] or None
-    path = [p for p in (node.name or "").split("/") if p]
-    if (node.name or "").startswith("/") and len(path) > 1:
+    name = node.name or ""
+    path = [p for p in name.split("/") if p and not _CALL.fullmatch(p)]
+    if name.startswith("/") and len(path) > 1:
         return ".".join(path[:-1])
     for value in node.inputs:
         if value is not None and value.is_initializer() and "." in (value.name or ""):
             return str(value.name).rpartition(".")[0]
-    return None
+    return ".".join(path[:-1]) or None
 
 
 def _mangled(name: str) -> str:
@@ -316,14 +322,24 @@ def _torchscript_name(node: ir.Node, index: int) -> str | None:
     return f"{owner}.{'bias' if node.op_type == 'Add' or index == 2 else 'weight'}"
 
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_FRAME = re.compile(r'File "([^"]+)", line (\d{1,9})\b')
+
+
+def frames(node: ir.Node) -> list[tuple[str, int]]:
+    """Files and lines of the stack that torch recorded when it traced the node, outermost first."""
+    stack = node.metadata_props.get("pkg.torch.onnx.stack_trace", "")
+    return [(path, int(line)) for path, line in _FRAME.findall(stack)]
+
+
+def place(node: ir.Node, where: Source) -> None:
+    """Remember which line of the user's the node was written on."""
+    node.meta["source"] = where
 
 
 def source(node: ir.Node) -> Source | None:
-    """The user's own line: the innermost frame outside site-packages and the standard library."""
-    frames = _FRAME.findall(node.metadata_props.get("pkg.torch.onnx.stack_trace", ""))
-    own = [f for f in frames if not re.search(r"(site|dist)-packages|/lib/python3", f[0])]
-    return Source(own[-1][0], int(own[-1][1])) if own else None
+    """The user's own line, where `source_tree` found it."""
+    found = node.meta.get("source")
+    return found if isinstance(found, Source) else None
 
 
 def folded_batchnorms(graph: ir.Graph) -> list[ir.Node]:

@@ -77,12 +77,14 @@ def judge(
     ignore: Sequence[str] = (),
     extend_select: Sequence[str] = (),
     layer_ignores: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    identities: Mapping[str, str] = MappingProxyType({}),
 ) -> Judgement:
     """Judge all subjects by the chosen rules.
 
     `select` (default: every rule), `extend_select` and `ignore` take codes, the beginnings of codes (`GL2`) and names.
     Preview rules take part with `preview`, or when named in full. `layer_ignores` holds selectors by a glob on the
-    names of layers and weights they don't judge. Raises UsageError for a selector that fits no rule.
+    names of layers and weights they don't judge; `identities` what fingerprints know a layer by (default: its name).
+    Raises UsageError for a selector that fits no rule.
     """
     known = _with_model_facts(subjects)
     check_selectors(rulebook, [selector for some in layer_ignores.values() for selector in some])
@@ -94,7 +96,7 @@ def judge(
         groups, tallies[rule.name] = _hits(rule, scope)
         if len(groups) > _PLACES:
             groups = [[hit for group in groups for hit in group]]
-        placed += [_finding(rule, group) for group in groups]
+        placed += [_finding(rule, group, _fingerprint(rule, group, scope, identities)) for group in groups]
     placed = _point_to_causes(placed)
     placed.sort(key=lambda item: (LEVELS.index(item.finding.level), item.finding.code, item.order))
     return Judgement(tuple(item.finding for item in placed), tallies)
@@ -111,8 +113,9 @@ def verdict(findings: Iterable[Finding], risk: float | None) -> Verdict:
 
 
 def fingerprint(code: str, layer: str | None, weight: str | None) -> str:
-    """16 hex digits that stay the same as long as the rule, the layer's and the weight's names do."""
-    return hashlib.sha256("\0".join((code, layer or "", weight or "")).encode()).hexdigest()[:16]
+    """16 hex digits that stay the same as long as the rule's code and what the layer and the weight are known by do."""
+    text = "\0".join((code, layer or "", weight or ""))
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def _with_model_facts(subjects: Sequence[Subject]) -> list[Subject]:
@@ -197,7 +200,7 @@ def _decide(rule: Rule, subject: Subject) -> tuple[_Hit | None, bool]:
     return None, not open_question
 
 
-def _finding(rule: Rule, group: list[_Hit]) -> _Placed:
+def _finding(rule: Rule, group: list[_Hit], fingerprint: str) -> _Placed:
     worst = min(group, key=lambda hit: (LEVELS.index(hit.level), -hit.rank, hit.subject.order))
     subject = worst.subject
     context = {
@@ -230,9 +233,21 @@ def _finding(rule: Rule, group: list[_Hit]) -> _Placed:
         metrics=metrics,
         fixes=choose_fixes(rule.fixes, subject, span),
         source=subject.source,
-        fingerprint=fingerprint(rule.code, subject.layer, subject.weight),
+        fingerprint=fingerprint,
     )
     return _Placed(finding, rule, subject.order)
+
+
+def _fingerprint(rule: Rule, group: list[_Hit], scope: Sequence[Subject], identities: Mapping[str, str]) -> str:
+    """Of several subjects, the first or the last, whichever is nearer to its end of the network.
+
+    Other weights move a group's inner end, and which of its subjects is the worst; the outer end stays.
+    """
+    position = {id(subject): k for k, subject in enumerate(scope)}
+    first, last = group[0].subject, group[-1].subject
+    outer = first if position[id(first)] < len(scope) - 1 - position[id(last)] else last
+    weight = outer.weight and str(outer.facts.get("parameter") or outer.weight)
+    return fingerprint(rule.code, identities.get(outer.layer or "", None if weight else outer.layer), weight)
 
 
 def _capped(level: Level, evidence: Evidence, subject: Subject) -> Level:

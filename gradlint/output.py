@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gradlint.exceptions import UsageError
@@ -66,8 +66,10 @@ def write_file(path: str, content: str | bytes) -> None:
     except OSError as error:
         raise UsageError(f"can't write {path}: {error.strerror}") from None
     finally:
+        # Where nothing could be written (a read-only disk) nothing is left to remove either.
         if not special:
-            place.unlink(missing_ok=True)
+            with suppress(OSError):
+                place.unlink()
 
 
 def add_step_summary(markdown: str) -> None:

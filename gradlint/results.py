@@ -1,10 +1,12 @@
 """The report: what the analyses found, as plain frozen data. The JSON form is a public contract.
 
-In JSON an absent key means "not known", null means "not applicable" (a non-finite number is null too).
+In JSON an absent key means "not known", null means "not applicable" (a non-finite number is null too);
+`report.schema.json` beside this module describes it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
@@ -186,6 +188,19 @@ class Report:
         """The JSON object of the contract; layers and weights in the graph's order."""
         return {"schema": SCHEMA, **_plain(self)}
 
+    def to_json(self) -> str:
+        """The same as text, as `--format json` writes it."""
+        return to_text(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Report:
+        """The report of a text that `to_json` or `--format json` wrote for one model. Raises UsageError."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            raise UsageError("not a report: not JSON") from None
+        return cls.from_dict(data)
+
     @classmethod
     def from_dict(cls, data: Any) -> Report:
         """The report of a JSON object; keys it doesn't know are left out, numbers that were not finite stay None.
@@ -199,6 +214,11 @@ class Report:
         report = _read(cls, data, "report")
         assert isinstance(report, cls)
         return report
+
+
+def to_text(value: Any) -> str:
+    """ASCII JSON, so that no control or direction character of a name reaches a terminal."""
+    return json.dumps(value, indent=1, allow_nan=False).replace("\x7f", "\\u007f") + "\n"
 
 
 # Keys whose None is meaningful in JSON ("not applicable"); elsewhere None means "not known" and the key is left out.

@@ -1,5 +1,6 @@
-"""Prove the rows of an operator: `check_op` compares all five tables with what the operator really does.
+"""What tests say: that a network can be trained (`assert_trainable`), and that an operator's rows are right.
 
+`check_op` compares all five tables of an operator with what it really does.
 Gradients are compared with finite differences in float64 (ONNX's reference evaluator), and once more in onnxruntime;
 moments and pullback with Monte Carlo; ranges and bounds with samples, which must never leave them.
 """
@@ -10,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+import gradlint
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
 from gradlint.domain import Array, Moments, Range
@@ -25,10 +27,46 @@ from gradlint.estimate import Estimate, estimate, prove
 from gradlint.load import from_proto
 from gradlint.quadrature import erf
 from gradlint.reference import CORRECTED
+from gradlint.report.headline import counts_phrase, ranked, risk_phrase
+from gradlint.report.text import label, prose
+from gradlint.results import LEVELS, Finding, Report
 from gradlint.reverse import differentiate
 
 Arrays = dict[str, np.ndarray]
 _NOWHERE = Path(".")  # these models have no external data
+
+
+def assert_trainable(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    data: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    *,
+    fail_on: Literal["error", "warning"] = "error",
+    **settings: Any,
+) -> Report:
+    """The report of `gradlint.check`, whose arguments these are, where it has no finding at or above `fail_on`.
+
+    Raises AssertionError with the verdict, these findings and their fixes otherwise: what the command fails on by
+    `--fail-on`, a test fails on.
+    """
+    __tracebackhide__ = True
+    report = gradlint.check(model, data, **settings)
+    failing = LEVELS[: LEVELS.index(fail_on) + 1]
+    found = [finding for finding in ranked(report.findings) if finding.level in failing]
+    if found:
+        raise AssertionError(_complaint(report, found))
+    return report
+
+
+def _complaint(report: Report, found: list[Finding]) -> str:
+    path = label(report.model.path)
+    lines = [f"{path} is not trainable: {report.summary.verdict}, {risk_phrase(report)}, {counts_phrase(report)}"]
+    for finding in found:
+        place = label(finding.layer or finding.weight or "the model")
+        source = f" ({label(finding.source.file)}:{finding.source.line})" if finding.source else ""
+        lines.append(f"{finding.level} {label(finding.code)} {label(finding.rule)} at {place}{source}:")
+        lines.append(f"  {prose(finding.message)} ({finding.evidence})")
+        lines += [f"  fix: {prose(fix.text)}" for fix in finding.fixes]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,3 +81,30 @@ def test_of_several_models_those_of_the_same_path_are_compared() -> None:
     alone = compare_all([healthy_resnet()] * 2, [sigmoid_chain()])
     assert alone[0].base is None
     assert len(alone[0].new) == 14
+
+
+def test_of_two_folders_the_models_of_the_same_name_are_compared(tmp_path: Path) -> None:
+    for folder in ("old", "new"):
+        for name in ("a.onnx", "sub/b.onnx"):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(SIGMOID if name == "a.onnx" else RELU, tmp_path / folder / name)
+    assert gradlint("diff", "old", "new", "--no-probe", cwd=tmp_path).returncode == 0
+    shutil.copy(SIGMOID, tmp_path / "new" / "sub" / "b.onnx")
+    worse = gradlint("diff", "old", "new", "--no-probe", "--format", "json", cwd=tmp_path)
+    assert worse.returncode == 1
+    a, b = json.loads(worse.stdout)["models"]
+    assert a["new"] == []
+    assert "GL201" in {finding["code"] for finding in b["new"]}
+
+
+def test_renumbered_layers_are_compared_with_themselves() -> None:
+    """With one more layer in front, an exporter that counts gives every other layer the name of the one behind it."""
+    base = sigmoid_chain(6)
+
+    def moved(name: str) -> str:
+        return re.sub(r"\d+", lambda number: str(int(number[0]) + 2), name)
+
+    layers = tuple(replace(r, name=moved(r.name), inputs=tuple(map(moved, r.inputs))) for r in base.layers)
+    weights = tuple(replace(weight, layer=moved(weight.layer)) for weight in base.weights)
+    difference = compare(base, replace(base, layers=layers, weights=weights))
+    assert (difference.layers_added, difference.layers_removed, difference.shifts) == (0, 0, ())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import onnx
 import pytest
 from command import DEAD, RELU, SAMPLES, SIGMOID, environment, gradlint
@@ -214,6 +216,29 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "report.json"]
 
 
+@pytest.mark.parametrize("arguments", ["--format json -o", "--html", "--json", "--sarif"])
+def test_what_a_disk_has_no_room_for_leaves_the_old_report(arguments: str, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: writing fails in the middle."""
+    target = tmp_path / "report"
+    target.write_text("old")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    run = gradlint(SIGMOID, "--no-probe", *arguments.split(), target, preexec_fn=limit)
+    assert run.returncode == 2
+    assert run.stderr == f"gradlint: error: can't write {target}: File too large\n"
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("command", ["check --format json", "baseline"])
+def test_a_folder_that_takes_no_files_is_one_clear_line(command: str) -> None:
+    """/proc takes none from anyone, root included."""
+    error = _error(gradlint(*command.split(), RELU, "--no-probe", "-o", "/proc/report.json"))
+    assert error.startswith("gradlint: error: can't write /proc/report.json: ")
+
+
 def test_colour_only_on_terminals_or_by_force() -> None:
     assert "\x1b" not in gradlint(SIGMOID, "--no-probe").stdout
     assert "\x1b[" in gradlint(SIGMOID, "--no-probe", env={"FORCE_COLOR": "1"}).stdout
@@ -233,13 +258,45 @@ def test_the_job_summary_of_a_workflow_is_appended_to(tmp_path: Path) -> None:
     assert summary.read_text().startswith("before\n### ")
 
 
-def test_every_option_is_an_environment_variable() -> None:
+def test_settings_come_from_the_environment() -> None:
     options = {"FORMAT": "concise", "FAIL_ON": "never", "NO_PROBE": "1", "SELECT": "GL2"}
     run = gradlint(SIGMOID, env={f"GRADLINT_{name}": value for name, value in options.items()})
     assert run.returncode == 0
     findings = run.stdout.splitlines()[:-1]
     assert findings
     assert {line.split()[3] for line in findings} <= {"GL201", "GL203", "GL204"}
+
+
+# What a variable may hold, and what it comes to where that is not the same; lists are separated by spaces.
+_VARIABLES: dict[str, tuple[str, object]] = {
+    "input": ("a=2 b=3", {"a": 2.0, "b": 3.0}),
+    "dim": ("n=3 m=4", {"n": 3, "m": 4}),
+    "input_shape": ("a:1,2 b:3", {"a": [1, 2], "b": [3]}),
+    "input_range": ("a:0,1", {"a": [0.0, 1.0]}),
+    "input_stats": ("a:0,1", {"a": [0.0, 1.0]}),
+    "select": ("GL1,GL2 GL3", ["GL1", "GL2", "GL3"]),
+    "ignore": ("GL3 GL4", ["GL3", "GL4"]),
+    "extend_select": ("GL801", ["GL801"]),
+    "rules": ("one two", ["one", "two"]),
+    "config": ("fail-on=warning gradlint.toml", ("fail-on=warning", "gradlint.toml")),
+    "loss": ("mse", "mse"),
+    "mode": ("eval", "eval"),
+    "optimizer": ("adam", "adam"),
+    "format": ("junit", "junit"),
+    "fail_on": ("never", "never"),
+    "jobs": ("3", 3),
+}
+
+
+@pytest.mark.parametrize(
+    "option", [param for param in cli.commands["check"].params if param.param_type_name == "option"]
+)
+def test_every_option_is_an_environment_variable(option: click.Option, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, value = _VARIABLES.get(str(option.name), ("1", None))
+    monkeypatch.setenv(f"GRADLINT_{str(option.name).upper()}", text)
+    params = cli.commands["check"].make_context("check", ["net.onnx"]).params
+    assert params[str(option.name)] == (option.type.convert("1", option, None) if value is None else value)
+    assert params[str(option.name)] != option.get_default(click.Context(cli))
 
 
 # -- the other commands ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
-from gradlint.graph import is_gate, is_head, module, source, split_merged, trainable, weight_uses
+from gradlint.graph import frames, is_gate, is_head, module, split_merged, trainable, weight_uses
 from gradlint.load import from_proto, read
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -100,12 +100,28 @@ def test_a_renamed_parameter_is_not_the_one_its_neighbour_reads_by_name() -> Non
     assert {(u.initializer, u.parameter) for u in weight_uses(graph)} == {("folded", "norm.alpha"), ("beta", "beta")}
 
 
-def test_modules_and_source_lines_come_from_the_exporter() -> None:
+def test_modules_and_frames_come_from_the_exporter() -> None:
     graph = golden("attention")
     modules = {module(n) for n in graph}
     assert {"norm", "qkv", "mlp.1"} <= modules
-    found = [line for n in graph if (line := source(n)) is not None]
-    assert {line.file for line in found} == {"golden.py"}
+    assert {path for n in graph for path, _ in frames(n)[:1]} == {"golden.py"}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("/layers/layers.0/Gemm", "layers.layers.0"),
+        ("/Relu", None),
+        ("sequential/dense_1/MatMul", "sequential.dense_1"),
+        ("StatefulPartitionedCall/sequential/dense_1/BiasAdd", "sequential.dense_1"),
+        ("StatefulPartitionedCall_1/MatMul", None),
+        ("dense", None),
+    ],
+)
+def test_names_of_torchscript_and_tf2onnx_give_the_module(name: str, path: str | None) -> None:
+    (node,) = text("y = Relu(x)")
+    node.name = name
+    assert module(node) == path
 
 
 def test_malformed_metadata_is_ignored() -> None:
@@ -115,7 +131,7 @@ def test_malformed_metadata_is_ignored() -> None:
         node.metadata_props["pkg.torch.onnx.name_scopes"] = bad
         node.metadata_props["pkg.torch.onnx.stack_trace"] = bad
         assert module(node) is None
-        assert source(node) is None
+        assert frames(node) == []
 
 
 GATES = {

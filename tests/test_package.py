@@ -82,10 +82,11 @@ _TABLES = {"backward", "broadcasting", "composition", "constants", "domain", "ex
 MAY_IMPORT: dict[str, set[str]] = {
     "exceptions": set(),
     "domain": set(),
-    "options": set(),
+    "options": {"exceptions"},
     "results": {"exceptions"},
     "graph": {"results"},
     "load": {"exceptions", "graph"},
+    "source_tree": {"exceptions", "graph", "results"},
     "data": {"exceptions", "graph"},
     "transfer": _TABLES - {"ops", "ops.*"},
     "ops": _TABLES,
@@ -239,23 +240,26 @@ def _script(step: str) -> str:
     return textwrap.dedent(block[1])
 
 
-@pytest.mark.parametrize(("fail_on", "code"), [("error", 1), ("never", 0)])
-def test_the_actions_script_runs_as_a_workflow_runs_it(fail_on: str, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fail_on", "more", "code"), [("error", "", 1), ("never", "", 0), ("never", " bad.onnx", 2)])
+def test_the_actions_script_runs_as_a_workflow_runs_it(fail_on: str, more: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"\x08")
     (tmp_path / "script.sh").write_text(_script("Check"))
     (tmp_path / "gradlint").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gradlint "$@"\n')
     (tmp_path / "gradlint").chmod(0o755)
     env = environment(
-        INPUT_MODELS=f"{SAMPLES}/digits_s*.onnx {SAMPLES}/digits_relu.onnx", INPUT_ARGS="--no-probe --seed 1",
+        INPUT_MODELS=f"{SAMPLES}/digits_s*.onnx {SAMPLES}/digits_relu.onnx{more}", INPUT_ARGS="--no-probe --seed 1",
         INPUT_FAIL_ON=fail_on, INPUT_SOURCE_ROOT=".", INPUT_BASELINE="", RUNNER_TEMP=str(tmp_path / "temp"),
         GITHUB_OUTPUT=str(tmp_path / "output"), GITHUB_STEP_SUMMARY=str(tmp_path / "summary.md"),
         PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
     )  # fmt: skip
     command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(tmp_path / "script.sh")]
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stderr) == (code, "")
+    assert run.returncode == code
+    assert run.stderr.startswith("gradlint: error: bad.onnx: ") if more else run.stderr == ""
     assert run.stdout.startswith("::error ")
     sarif = tmp_path / "temp" / "gradlint" / "report.sarif"
-    assert (tmp_path / "output").read_text() == f"exit-code={code}\nsarif={sarif}\n"
+    written = f"exit-code={code}\n" + ("" if code == 2 else f"sarif={sarif}\n")
+    assert (tmp_path / "output").read_text() == written
     assert (tmp_path / "summary.md").read_text().startswith("### ")
     assert {path.name for path in sarif.parent.iterdir()} == {"report.html", "report.json", "report.sarif"}
 

@@ -1,9 +1,10 @@
-"""Time and memory of the whole command, and of the probe's run against PyTorch's forward and backward pass.
+"""Time and memory of the whole command, and of the probe's run against PyTorch and onnx-ad.
 
-    python benchmarks/speed.py [GRADLINT]          prints a table; needs PyTorch and its exporter, both use two threads
+    python benchmarks/speed.py [GRADLINT]          prints a table; needs PyTorch, its exporter and onnx-ad; two threads
 
-Per network: seconds of one torch forward + backward (median of 9), of the probe's run (median of 5 processes, first run
-of a fresh session) and their ratio; then the whole command with and without the probe, and peak resident memory.
+Per network: seconds of one torch forward + backward (median of 9), of the probe's run and of onnx-ad's backward model
+in onnxruntime (median of 5 processes each, first run of a fresh session, gradients of all weights reduced to their RMS)
+and their ratios to torch; then the whole command with and without the probe, and peak resident memory.
 """
 
 import json
@@ -125,6 +126,38 @@ print(time.perf_counter() - start, usage.ru_maxrss / 1024, file=sys.stderr)
 """
 
 
+# The model's float weights become inputs, since onnx-ad differentiates by inputs; seeds have a trailing axis.
+PEER = """
+import sys, time, numpy as np, onnx, onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+from onnx_ad import reverse
+model, data = onnx.load(sys.argv[1]), np.load(sys.argv[2])
+weights = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer if w.data_type == TensorProto.FLOAT}
+for w in [w for w in model.graph.initializer if w.name in weights]:
+    model.graph.initializer.remove(w)
+    model.graph.input.append(helper.make_tensor_value_info(w.name, w.data_type, w.dims))
+back = reverse(model, layout="onnx")
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 2
+session = onnxruntime.InferenceSession(back.SerializeToString(), options, providers=["CPUExecutionProvider"])
+feed = {**weights, "x": data["x"]}
+seed = next(i for i in session.get_inputs() if i.name not in feed)
+out = next(o for o in model.graph.output)
+shape = [d.dim_value for d in out.type.tensor_type.shape.dim]
+feed[seed.name] = np.random.default_rng(0).standard_normal((*shape, 1), np.float32)
+names = [o.name for o in session.get_outputs() if o.name.startswith("adj_") and o.name[4:] in weights]
+start = time.perf_counter()
+rms = [float(np.sqrt(np.mean(np.square(g)))) for g in session.run(names, feed)]
+print(time.perf_counter() - start)
+"""
+
+
+def peer(path, data):
+    """-> seconds of onnx-ad's backward model, or nan where it refuses the model."""
+    done = subprocess.run([sys.executable, "-c", PEER, path, data], capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else float("nan")
+
+
 def run(command):
     """-> (report, wall seconds, peak resident MB) of one process."""
     done = subprocess.run([sys.executable, "-c", WRAPPER, *command], capture_output=True, text=True, check=True)
@@ -133,7 +166,7 @@ def run(command):
 
 
 def main(gradlint="gradlint"):
-    print(f"{'':18s} torch s  probe s  ratio | command s  MB | no probe s  estimate s  MB")
+    print(f"{'':18s} torch s  probe s  ratio  onnx-ad s  ratio | command s  MB | no probe s  estimate s  MB")
     for name, (build, shape) in NETWORKS.items():
         torch.manual_seed(0)
         net, x = build().eval(), torch.randn(*shape)
@@ -148,29 +181,18 @@ def main(gradlint="gradlint"):
             path, data = str(Path(folder) / "net.onnx"), str(Path(folder) / "net.npz")
             torch.onnx.export(net, (x,), path, dynamo=True, verbose=False, input_names=["x"], optimize=False)
             np.savez(data, x=x.numpy())
-            command = [
-                *shlex.split(gradlint),
-                path,
-                "--data",
-                data,
-                "--mode",
-                "eval",
-                "--threads",
-                "2",
-                "--format",
-                "json",
-                "--fail-on",
-                "never",
-            ]
+            flags = "--mode eval --threads 2 --format json --fail-on never"
+            command = [*shlex.split(gradlint), path, "--data", data, *flags.split()]
             rows = [run(command) for _ in range(5)]
             bare = [run([*command, "--no-probe"]) for _ in range(3)]
+            other = statistics.median(peer(path, data) for _ in range(5))
         probe = statistics.median(r["timing"]["probe_run_s"] for r, _, _ in rows)
         wall, peak = (statistics.median(row[k] for row in rows) for k in (1, 2))
         light, small = (statistics.median(row[k] for row in bare) for k in (1, 2))
         estimate = statistics.median(r["timing"]["estimate_s"] for r, _, _ in bare)
         print(
-            f"{name:18s} {own:7.3f} {probe:8.3f} {probe / own:6.2f} | {wall:9.2f} {peak:4.0f} |"
-            f" {light:10.2f} {estimate:11.2f} {small:4.0f}",
+            f"{name:18s} {own:7.3f} {probe:8.3f} {probe / own:6.2f} {other:10.3f} {other / own:6.2f} |"
+            f" {wall:9.2f} {peak:4.0f} | {light:10.2f} {estimate:11.2f} {small:4.0f}",
             flush=True,
         )
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from gradlint.anatomy import Anatomy
 from gradlint.estimate import Estimate, Proof
 from gradlint.fact_table import Fact, Subject
-from gradlint.graph import is_float, op, source
+from gradlint.graph import is_float, main_output, op, source
 from gradlint.patterns import normalisations, scalar
 from gradlint.results import Evidence
 from gradlint.trunk import crossing
@@ -26,7 +26,7 @@ def on_trunk(parts: Anatomy, norms: Mapping[ir.Value, float]) -> frozenset[ir.No
     """Layers whose output carries the largest gradient across its cut of the graph, within a decade."""
     curve = crossing(parts.graph, norms)
     return frozenset(
-        n for n in parts.layers if n in curve and norms.get(n.outputs[0], 0.0) >= 0.1 * curve[n] and curve[n] > 0
+        n for n in parts.layers if n in curve and norms.get(main_output(n), 0.0) >= 0.1 * curve[n] and curve[n] > 0
     )
 
 

@@ -68,7 +68,7 @@ def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Re
         if is_float(o) and (n in parts.layers or op(n) in ("Add", "Sum") or len(list(o.uses())) > 1)
     ]
     weights = list(dict.fromkeys(str(u.value.name) for u in parts.uses))
-    units = {str(n.name): unit_axis(n.outputs[0], estimate) for n in parts.activations}
+    units = {str(n.name): unit_axis(main_output(n), estimate) for n in parts.activations}
     last = next((n for n in reversed(parts.layers) if n in parts.weighted), None)
     read = [v for v in (last.inputs if last is not None else ()) if v is not None and v in estimate.varies]
     features = str(read[0].name) if read else None
@@ -352,7 +352,7 @@ def _layer_inputs(parts: Anatomy) -> dict[ir.Node, tuple[str, ...]]:
 def _place(
     node: ir.Node, parts: Anatomy, estimate: Estimate, depth: float, index: int, folded: bool
 ) -> dict[str, Fact]:
-    shape = dims(node.outputs[0]) or ()
+    shape = dims(main_output(node)) or ()
     return {
         "op_type": op(node),
         "module": module(node),
@@ -361,7 +361,7 @@ def _place(
         "is_gate": is_gate(node),
         "is_head": not _layers_behind(node, parts.weighted),
         "folded_norm": folded,
-        "width": shape[unit_axis(node.outputs[0], estimate)] if shape else None,
+        "width": shape[unit_axis(main_output(node), estimate)] if shape else None,
     }
 
 

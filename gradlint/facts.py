@@ -19,6 +19,7 @@ from gradlint.derived_facts import (
     forward_scale,
     fp16_underflow,
     learning_spread,
+    pole_nodes,
     pole_subjects,
     update_ratio,
     variance_ratios,
@@ -58,14 +59,14 @@ EXPORT_LINE = "torch.onnx.export(model.train(), args, 'model.onnx', dynamo=True,
 
 
 def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Request:
-    """What the probe measures: outputs of layers, of sums, and of whatever several nodes read. pictures: and the
-    histograms of a page."""
-    graph = parts.graph
+    """What the probe measures: outputs of layers, of sums, of poles, and of whatever several nodes read. pictures: and
+    the histograms of a page."""
+    graph, poles = parts.graph, set(pole_nodes(parts, estimate))
     values = [
         str(o.name)
         for n in graph
         for o in n.outputs
-        if is_float(o) and (n in parts.layers or op(n) in ("Add", "Sum") or len(list(o.uses())) > 1)
+        if is_float(o) and (n in parts.layers or n in poles or op(n) in ("Add", "Sum") or len(list(o.uses())) > 1)
     ]
     weights = list(dict.fromkeys(str(u.value.name) for u in parts.uses))
     units = {str(n.name): unit_axis(main_output(n), estimate) for n in parts.activations}

@@ -65,7 +65,7 @@ def recurrent_subjects(
             names = [str(n.outputs[0].name) for n in chain.nodes]
             if all(name in known for name in names):
                 curves[kind] = np.array([known[name] for name in names])
-        subjects.append(_subject(chain.nodes[0], order[chain.nodes[0]], facts, curves, True))
+        subjects.append(_subject(chain.nodes[0], order[chain.nodes[-1]], facts, curves, True))
     return sorted(subjects, key=lambda s: s.order)
 
 

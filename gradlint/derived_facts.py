@@ -51,12 +51,19 @@ def variance_ratios(subjects: Sequence[Subject]) -> dict[str, Figures]:
     return found
 
 
-def update_ratio(facts: Mapping[str, Fact], kind: Evidence, learning_rate: float | None) -> float | None:
-    """log10 of learning rate * gradient / weight, both as root mean squares."""
+def update_ratio(
+    facts: Mapping[str, Fact], kind: Evidence, learning_rate: float | None, adam: bool, cotangent: float
+) -> float | None:
+    """log10 of a step / the weight, both as root mean squares. A step is learning rate * gradient, with Adam the rate
+    itself (its first steps have an element's gradient divided by its own size).
+
+    cotangent: norm of the loss's gradient at the outputs, to divide by: the linear loss's targets are arbitrary, while
+    that of a cross-entropy is about 1.
+    """
     grad, weight = facts.get(f"{kind}_grad_rms"), facts.get("weight_rms")
     if not learning_rate or not isinstance(grad, float) or not isinstance(weight, float) or min(grad, weight) <= 0:
         return None
-    return math.log10(learning_rate * grad / weight)
+    return math.log10(learning_rate * (1.0 if adam else grad / cotangent) / weight)
 
 
 def fp16_underflow(grad_rms: float | None) -> float | None:

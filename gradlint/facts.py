@@ -155,7 +155,7 @@ def gather(
             )
         )
     _add_ratios(subjects)
-    weights, weight_subjects = _weights(parts, estimate, measured, options, order, static)
+    weights, weight_subjects = _weights(parts, estimate, measured, options, order, static, flow.trunk)
     flow_facts = flow.model_facts()
     known = _Known(dict(model) | dict(static.model))
     if measured is not None and measured.alignment is not None:
@@ -388,8 +388,13 @@ def _weights(
     options: Options,
     order: Mapping[ir.Node, int],
     static: StaticFacts,
+    trunk: frozenset[ir.Node],
 ) -> tuple[list[WeightRow], list[Subject]]:
     rows, subjects = [], []
+    cotangents = {
+        "estimated": cotangent_norm(parts.graph, estimate),
+        "measured": measured.cotangent if measured else 1.0,
+    }
     for use in parts.uses:
         value = use.value
         numbers = static.weights[use.layer, use.index]
@@ -400,14 +405,16 @@ def _weights(
         rows.append(WeightRow(use.initializer, str(use.layer.name), shape, rms, True, use.parameter, estimated, got))
         known = _Known({"is_trainable": True, "parameter": str(use.parameter) if use.parameter else None, **numbers})
         known.facts["forward_scale"] = forward_scale(use.layer, estimate, measured.values if measured else {})
-        known.facts["is_head"] = not _layers_behind(use.layer, parts.weighted)
+        known.facts |= {"is_head": not _layers_behind(use.layer, parts.weighted), "on_trunk": use.layer in trunk}
         known.add("estimated", estimated)
         known.add(
             "measured", {k: v for k, v in got.items() if k != "zero_share"} | {"grad_zero_share": got.get("zero_share")}
         )
         for kind, rms_of in zip(_KINDS, (estimated, got), strict=True):
             lost = fp16_underflow(rms_of.get("grad_rms"))
-            known.add(kind, {"fp16_underflow": lost, "update_ratio": update_ratio(known.facts, kind, options.lr)})
+            cotangent = cotangents[kind] if kind == "estimated" or options.loss == "linear" else 1.0
+            step = update_ratio(known.facts, kind, options.lr, options.optimizer == "adam", cotangent)
+            known.add(kind, {"fp16_underflow": lost, "update_ratio": step})
         subjects.append(
             Subject(
                 "weight",

@@ -125,7 +125,11 @@ def _attention_scale(subject: Subject) -> dict[str, str]:
 def _rate(subject: Subject) -> dict[str, str]:
     """The learning rate at which an update is a thousandth of the weight (update_ratio -3)."""
     ratio, rate = _number(subject, "update_ratio"), _number(subject, "learning_rate")
-    return {"rate": f"to {rate * 10 ** (-3 - ratio):.1g}" if ratio is not None and rate else "by a factor of 10"}
+    optimizer = "Adam" if subject.facts.get("optimizer") == "adam" else "SGD"
+    if ratio is None or not rate:
+        return {"rate": "by a factor of 10", "lr": "lr", "optimizer": optimizer}
+    wanted = f"{rate * 10 ** (-3 - ratio):.1g}"
+    return {"rate": f"to {wanted}", "lr": wanted, "optimizer": optimizer}
 
 
 def _depth(subject: Subject) -> dict[str, str]:
@@ -373,7 +377,11 @@ REMEDIES: dict[str, Remedy] = {
         "optimizers.SGD(clipnorm=1.0)",
     ),
     "learning-rate": Remedy(
-        "other", "Change the learning rate {rate}", "torch.optim.SGD(params, lr)", "optimizers.SGD(lr)", _rate
+        "other",
+        "Change the learning rate {rate}",
+        "torch.optim.{optimizer}(params, lr={lr})",
+        "optimizers.{optimizer}({lr})",
+        _rate,
     ),
     "warm-up": Remedy(
         "other",

@@ -27,7 +27,7 @@ def subject(
     scope: Scope = "layer", name: str = "a", order: int = 0, evidence: Evidence = "estimated", **facts: Fact
 ) -> Subject:
     """Its numbers are known by `evidence`; the truths and texts are read from the file."""
-    defaults: dict[str, Fact] = {"is_gate": False, "is_head": False, "is_structural_zero": False}
+    defaults: dict[str, Fact] = {"is_gate": False, "is_head": False, "is_structural_zero": False, "optimizer": "sgd"}
     numbers = {fact: evidence for fact, value in facts.items() if isinstance(value, float)}
     return Subject(scope, layer=name, order=order, facts={**defaults, **facts}, evidence=numbers)
 
@@ -132,6 +132,18 @@ def test_strongest_level_that_holds_wins() -> None:
         for decades in (-1.0, -2.7, -3.5)
     ]
     assert levels == [[], ["warning"], ["error"]]
+
+
+def test_adam_forgives_scale_but_not_a_collapsed_signal() -> None:
+    adam = Subject("model", facts={"optimizer": "adam", "learning_spread": 6.0, "stage": "init"})
+    places = [replace(s, facts={k: v for k, v in s.facts.items() if k != "optimizer"}) for s in chain(-4.0)]
+    found = judge([adam, *places, subject(trunk_signal=1e-4)], BOOK, select=("GL201", "GL204", "GL208")).findings
+    assert {f.rule: f.level for f in found} == {
+        "signal-collapse": "error",
+        "vanishing-gradient": "warning",
+        "uneven-learning": "note",
+    }
+    assert "layer-wise-rate" not in {fix.name for f in found for fix in f.fixes}
 
 
 def test_unknown_is_not_judged_and_never_clean() -> None:

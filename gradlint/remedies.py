@@ -92,7 +92,11 @@ def _smaller(subject: Subject) -> dict[str, str]:
 
 def _keep_scale(subject: Subject) -> dict[str, str]:
     factor = _number(subject, "init_factor")
-    return {"factor": f"{factor:.3g}" if factor else "1 / its gain"}
+    return (
+        {"factor": f"{factor:.3g}", "number": f"{factor:.3g}"}
+        if factor
+        else {"factor": "1 / its gain", "number": "factor"}
+    )
 
 
 def _residual_scale(subject: Subject) -> dict[str, str]:
@@ -159,7 +163,7 @@ def _activation(text: str, pytorch: str, keras: str) -> Remedy:
 
 
 def _init(name: str, title: str, pytorch: str, keras: str) -> Remedy:
-    return Remedy("weights", "{scaling}", pytorch, keras, _scheme(name, title))
+    return Remedy("weights", "{scaling}{others}", pytorch, keras, _scheme(name, title))
 
 
 # Variance of a kernel's elements by fan_in and fan_out.
@@ -226,9 +230,9 @@ REMEDIES: dict[str, Remedy] = {
     ),
     "scale-init": Remedy(
         "weights",
-        "Multiply {kernel} by {factor}, so that the layer keeps the scale",
-        "layer.weight.data.mul_(factor)",
-        "layer.kernel.assign(factor * layer.kernel)",
+        "Multiply {kernel} by {factor}, so that the layer keeps the scale{others}",
+        "layer.weight.data.mul_({number})",
+        "layer.kernel.assign({number} * layer.kernel)",
         _keep_scale,
     ),
     "smaller-init": Remedy(

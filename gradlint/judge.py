@@ -265,9 +265,11 @@ def _disagreement(subject: Subject, used: frozenset[str]) -> str:
 
 
 def _capped(level: Level, evidence: Evidence, subject: Subject) -> Level:
-    """A trained model is at home on its own data: on made-up inputs what is not proved is no error."""
+    """A trained model is at home on its own data: on made-up inputs what is not proved counts one level less."""
     foreign = subject.facts.get("stage") == "trained" and not subject.facts.get("data_given")
-    return "warning" if foreign and level == "error" and evidence != "proved" else level
+    if not foreign or evidence == "proved" or level == "note":
+        return level
+    return "warning" if level == "error" else "note"
 
 
 def blame_in_words(blame: Sequence[Blame]) -> str:

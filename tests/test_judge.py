@@ -184,6 +184,7 @@ def test_a_trained_model_on_made_up_inputs_is_warned_about_and_told_why() -> Non
     found = only(judge([model, *chain(-4.0)], BOOK, select=CHAIN))
     assert found.level == "warning"
     assert "judged on made-up inputs" in found.message
+    assert only(judge([model, *chain(-2.7)], BOOK, select=CHAIN)).level == "note"
     proved = subject(proved_decades=-4.0, on_trunk=True)
     assert only(judge([model, proved], BOOK, select=("GL203",))).level == "error"
 

@@ -19,7 +19,6 @@ from gradlint.expansion import expand
 from gradlint.fused import take_apart
 from gradlint.graph import mark_constants, trainable
 from gradlint.lifting import lift, resolve_auto_pad
-from gradlint.selection import read_pieces
 
 _SHAPE_LIKE = 64  # elements: more than any shape, pads or axes have
 _FOLD_LIMIT = 1 << 24  # elements of one folded result: beyond that the file is a bomb or folding saves nothing
@@ -59,7 +58,6 @@ def canonicalize(
         _fold(model)
     mark_constants(model)  # what folding made is no parameter either
     _remove_identities(model)
-    read_pieces(model.graph)
     common.RemoveUnusedNodesPass()(model)
     _remove_unread(model)
     common.AddDefaultAttributesPass()(model)

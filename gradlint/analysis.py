@@ -277,7 +277,7 @@ def _model_facts(
         "loss": options.loss,
         "batch": _examples(probed, guess),
         "data_given": options.data is not None,
-        "optimizer": options.optimizer,
+        "optimizer": options.optimizer or "sgd",
         "learning_rate": options.lr,
         "layers": len(parts.weighted),
         "weights": len(parts.uses),

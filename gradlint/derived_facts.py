@@ -11,23 +11,27 @@ import onnx_ir as ir
 from gradlint.anatomy import Anatomy
 from gradlint.estimate import Estimate, Proof
 from gradlint.fact_table import Fact, Subject
-from gradlint.graph import is_float, op, source
-from gradlint.patterns import normalisations, scalar
+from gradlint.graph import is_float, main_output, op, source
+from gradlint.patterns import behind, normalisations, scalar
 from gradlint.results import Evidence
 from gradlint.trunk import crossing
 
 Figures = dict[Evidence, dict[str, float]]
 _KINDS: tuple[Evidence, ...] = ("estimated", "measured")
 _REACH = 4.0  # standard deviations an estimated range extends to
+_POLE_EVIDENCE: dict[str, Evidence] = {
+    "pole_derivative": "estimated",
+    "pole_in_range": "proved",
+    "output_non_finite": "measured",
+}
 _POLES = ("Log", "Sqrt", "Div", "Reciprocal", "Pow")
 
 
 def on_trunk(parts: Anatomy, norms: Mapping[ir.Value, float]) -> frozenset[ir.Node]:
-    """Layers whose output carries the largest gradient across its cut of the graph, within a decade."""
+    """Layers whose output carries the largest gradient across its cut of the graph, within a decade (all of them where
+    it is zero)."""
     curve = crossing(parts.graph, norms)
-    return frozenset(
-        n for n in parts.layers if n in curve and norms.get(n.outputs[0], 0.0) >= 0.1 * curve[n] and curve[n] > 0
-    )
+    return frozenset(n for n in parts.layers if n in curve and norms.get(main_output(n), 0.0) >= 0.1 * curve[n])
 
 
 def variance_ratios(subjects: Sequence[Subject]) -> dict[str, Figures]:
@@ -47,12 +51,19 @@ def variance_ratios(subjects: Sequence[Subject]) -> dict[str, Figures]:
     return found
 
 
-def update_ratio(facts: Mapping[str, Fact], kind: Evidence, learning_rate: float | None) -> float | None:
-    """log10 of learning rate * gradient / weight, both as root mean squares."""
+def update_ratio(
+    facts: Mapping[str, Fact], kind: Evidence, learning_rate: float | None, adam: bool, cotangent: float
+) -> float | None:
+    """log10 of a step / the weight, both as root mean squares. A step is learning rate * gradient, with Adam the rate
+    itself (its first steps have an element's gradient divided by its own size).
+
+    cotangent: norm of the loss's gradient at the outputs, to divide by: the linear loss's targets are arbitrary, while
+    that of a cross-entropy is about 1.
+    """
     grad, weight = facts.get(f"{kind}_grad_rms"), facts.get("weight_rms")
     if not learning_rate or not isinstance(grad, float) or not isinstance(weight, float) or min(grad, weight) <= 0:
         return None
-    return math.log10(learning_rate * grad / weight)
+    return math.log10(learning_rate * (1.0 if adam else grad / cotangent) / weight)
 
 
 def fp16_underflow(grad_rms: float | None) -> float | None:
@@ -98,15 +109,19 @@ def forward_scale(layer: ir.Node, estimate: Estimate, measured: Mapping[str, Map
 def pole_subjects(parts: Anatomy, estimate: Estimate, proof: Proof, non_finite: frozenset[str]) -> list[Subject]:
     """Nodes whose derivative has a pole, with its bound over the input's range. non_finite: values the probe saw
     overflow."""
-    found, norms = [], normalisations(parts.graph)
-    for order, node in enumerate(parts.graph):
-        if op(node) not in _POLES or node.outputs[0] not in estimate.varies or _is_guarded(node, norms):
-            continue
+    found, order = [], {n: k for k, n in enumerate(parts.graph)}
+    for node in pole_nodes(parts, estimate):
         facts = _pole_facts(node, estimate, proof)
         if facts:
             facts |= {"op_type": op(node), "output_non_finite": str(node.outputs[0].name) in non_finite}
-            found.append(Subject("layer", str(node.name), None, order, facts, {}, (), source(node)))
+            found.append(Subject("layer", str(node.name), None, order[node], facts, _POLE_EVIDENCE, (), source(node)))
     return found
+
+
+def pole_nodes(parts: Anatomy, estimate: Estimate) -> list[ir.Node]:
+    """Nodes whose derivative has a pole and whose input varies, those of normalisations and softmaxes left out."""
+    norms = normalisations(parts.graph)
+    return [n for n in parts.graph if op(n) in _POLES and n.outputs[0] in estimate.varies and not _is_guarded(n, norms)]
 
 
 def _is_guarded(node: ir.Node, norms: set[ir.Node]) -> bool:
@@ -114,9 +129,10 @@ def _is_guarded(node: ir.Node, norms: set[ir.Node]) -> bool:
     if node in norms:
         return True
     readers = {s for n in (node, *node.successors()) for s in n.successors()}
-    if readers & norms:
+    if (readers | {s for n in readers for s in n.successors()}) & norms:
         return True
-    sums = node.inputs[1].producer() if op(node) == "Div" and node.inputs[1] is not None else None
+    divisor = behind(node.inputs[1]) if op(node) == "Div" else None
+    sums = divisor.producer() if divisor is not None else None
     return sums is not None and op(sums) == "ReduceSum" and sums.inputs[0] is node.inputs[0]
 
 

@@ -89,7 +89,7 @@ _MODEL = (
         ("loss", "text", "`linear`, `cross-entropy`, `bce` or `mse`"),
         ("batch", "examples", "examples the probe ran on"),
         ("data_given", "yes/no", "the probe ran on the user's data, not on synthetic data"),
-        ("optimizer", "text", "`sgd` or `adam`, if --optimizer was given"),
+        ("optimizer", "text", "`sgd` or `adam`, as --optimizer says (`sgd` where it does not)"),
         ("learning_rate", "per step", "--lr, if given"),
         ("precision", "text", "the dtype of most weights: `float32`, `float16`, `bfloat16`, `float64`"),
         ("layers", "count", "layers with weights"),
@@ -267,7 +267,11 @@ _WEIGHT = (
         "estimated measured",
         ("grad_rms", "per batch", "root mean square of the gradient of this weight"),
         ("trunk_decades", "decades", "trunk gradient at the cut of this weight's layer / the trunk's largest"),
-        ("update_ratio", "decades", "log10 of learning_rate * grad_rms / weight_rms"),
+        (
+            "update_ratio",
+            "decades",
+            "log10 of a step / weight_rms, for a loss whose gradient at the outputs has norm 1",
+        ),
         ("fp16_underflow", "share", "elements of this weight's gradient that are under 2^-24 and not zero"),
     )
     + _evident(

@@ -19,6 +19,7 @@ from gradlint.derived_facts import (
     forward_scale,
     fp16_underflow,
     learning_spread,
+    pole_nodes,
     pole_subjects,
     update_ratio,
     variance_ratios,
@@ -58,17 +59,17 @@ EXPORT_LINE = "torch.onnx.export(model.train(), args, 'model.onnx', dynamo=True,
 
 
 def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Request:
-    """What the probe measures: outputs of layers, of sums, and of whatever several nodes read. pictures: and the
-    histograms of a page."""
-    graph = parts.graph
+    """What the probe measures: outputs of layers, of sums, of poles, and of whatever several nodes read. pictures: and
+    the histograms of a page."""
+    graph, poles = parts.graph, set(pole_nodes(parts, estimate))
     values = [
         str(o.name)
         for n in graph
         for o in n.outputs
-        if is_float(o) and (n in parts.layers or op(n) in ("Add", "Sum") or len(list(o.uses())) > 1)
+        if is_float(o) and (n in parts.layers or n in poles or op(n) in ("Add", "Sum") or len(list(o.uses())) > 1)
     ]
     weights = list(dict.fromkeys(str(u.value.name) for u in parts.uses))
-    units = {str(n.name): unit_axis(n.outputs[0], estimate) for n in parts.activations}
+    units = {str(n.name): unit_axis(main_output(n), estimate) for n in parts.activations}
     last = next((n for n in reversed(parts.layers) if n in parts.weighted), None)
     read = [v for v in (last.inputs if last is not None else ()) if v is not None and v in estimate.varies]
     features = str(read[0].name) if read else None
@@ -154,7 +155,7 @@ def gather(
             )
         )
     _add_ratios(subjects)
-    weights, weight_subjects = _weights(parts, estimate, measured, options, order, static)
+    weights, weight_subjects = _weights(parts, estimate, measured, options, order, static, flow.trunk)
     flow_facts = flow.model_facts()
     known = _Known(dict(model) | dict(static.model))
     if measured is not None and measured.alignment is not None:
@@ -352,7 +353,7 @@ def _layer_inputs(parts: Anatomy) -> dict[ir.Node, tuple[str, ...]]:
 def _place(
     node: ir.Node, parts: Anatomy, estimate: Estimate, depth: float, index: int, folded: bool
 ) -> dict[str, Fact]:
-    shape = dims(node.outputs[0]) or ()
+    shape = dims(main_output(node)) or ()
     return {
         "op_type": op(node),
         "module": module(node),
@@ -361,7 +362,7 @@ def _place(
         "is_gate": is_gate(node),
         "is_head": not _layers_behind(node, parts.weighted),
         "folded_norm": folded,
-        "width": shape[unit_axis(node.outputs[0], estimate)] if shape else None,
+        "width": shape[unit_axis(main_output(node), estimate)] if shape else None,
     }
 
 
@@ -387,8 +388,13 @@ def _weights(
     options: Options,
     order: Mapping[ir.Node, int],
     static: StaticFacts,
+    trunk: frozenset[ir.Node],
 ) -> tuple[list[WeightRow], list[Subject]]:
     rows, subjects = [], []
+    cotangents = {
+        "estimated": cotangent_norm(parts.graph, estimate),
+        "measured": measured.cotangent if measured else 1.0,
+    }
     for use in parts.uses:
         value = use.value
         numbers = static.weights[use.layer, use.index]
@@ -399,14 +405,16 @@ def _weights(
         rows.append(WeightRow(use.initializer, str(use.layer.name), shape, rms, True, use.parameter, estimated, got))
         known = _Known({"is_trainable": True, "parameter": str(use.parameter) if use.parameter else None, **numbers})
         known.facts["forward_scale"] = forward_scale(use.layer, estimate, measured.values if measured else {})
-        known.facts["is_head"] = not _layers_behind(use.layer, parts.weighted)
+        known.facts |= {"is_head": not _layers_behind(use.layer, parts.weighted), "on_trunk": use.layer in trunk}
         known.add("estimated", estimated)
         known.add(
             "measured", {k: v for k, v in got.items() if k != "zero_share"} | {"grad_zero_share": got.get("zero_share")}
         )
         for kind, rms_of in zip(_KINDS, (estimated, got), strict=True):
             lost = fp16_underflow(rms_of.get("grad_rms"))
-            known.add(kind, {"fp16_underflow": lost, "update_ratio": update_ratio(known.facts, kind, options.lr)})
+            cotangent = cotangents[kind] if kind == "estimated" or options.loss == "linear" else 1.0
+            step = update_ratio(known.facts, kind, options.lr, options.optimizer == "adam", cotangent)
+            known.add(kind, {"fp16_underflow": lost, "update_ratio": step})
         subjects.append(
             Subject(
                 "weight",

@@ -32,6 +32,7 @@ _ACTIVATIONS: Mapping[str, str] = {
     "tanh": "Tanh",
     "softplus": "Softplus",
 }
+_SCHEMES: Mapping[str, str] = {"he-init": "He", "xavier-init": "Xavier", "lecun-init": "LeCun"}
 _MARKED = 1.0  # decades from which on a decay or growth decides what helps
 _CAUSE_OF: Mapping[str, Cause] = {op: cause for cause, operators in _OPERATORS.items() for op in operators.split()}
 
@@ -65,6 +66,8 @@ def _applies(name: str, subject: Subject) -> bool:
         present = _replaceable(subject)
         known = facts.get("activation") or facts.get("next_activation")
         return present != _ACTIVATIONS[name] and (present is not None or known is None)
+    if name == "layer-wise-rate":
+        return facts.get("optimizer") != "adam"  # which has one per weight
     if name in ("batch-norm", "layer-norm"):
         return facts.get("follows_norm") is not True and facts.get("before_norm") is not True
     if name == "skip-connections":
@@ -109,7 +112,7 @@ def _rescales(name: str, subject: Subject) -> bool:
         return False
     if factor is None:
         return name != "scale-init"
-    if name == "xavier-init" and subject.facts.get("init_scheme") == "He":
+    if name in _SCHEMES and subject.facts.get("init_scheme") not in (None, _SCHEMES[name]):
         return False
     return not (0.9 < factor < 1.1 or (change <= -_MARKED and factor < 1) or (change >= _MARKED and factor > 1))
 
@@ -128,7 +131,9 @@ def write_fix(name: str, subject: Subject, span: tuple[str, str] | None = None) 
         blamed = _blamed(subject, remedy.treats)
         if blamed and (remedy.treats == "time" or _replaceable(subject) != present_activation(subject)):
             layer, replaced = _from_to(blamed[0].node, blamed[-1].node), blamed[0].op_type
-    values = places(subject, layer) | (remedy.values(subject) if remedy.values else {})
+    blamed = _blamed(subject, "weights")
+    others = f", and likewise those of {_from_to(blamed[0].node, blamed[-1].node)}" if len(blamed) > 1 else ""
+    values = {"others": others} | places(subject, layer) | (remedy.values(subject) if remedy.values else {})
     if replaced is not None:
         values["activation"] = replaced
     text, pytorch, keras = (part.format(**values) for part in (remedy.text, remedy.pytorch, remedy.keras))

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from gradlint.anatomy import Anatomy
 from gradlint.derived_facts import on_trunk
 from gradlint.estimate import Estimate
-from gradlint.graph import is_float
+from gradlint.graph import is_float, main_output
 from gradlint.probe import Probe
 from gradlint.results import Blame, Evidence
 from gradlint.trunk import blame, crossing, levels
@@ -68,13 +68,13 @@ class Flow:
                 top = max(top, figure)
                 falls[kind][node] = decades(figure, top)
         best: Evidence = "measured" if norms.get("measured") else "estimated"
-        targets = [n.outputs[0] for n in parts.layers]
+        targets = [main_output(n) for n in parts.layers]
         blames = blame(graph, norms[best], estimate.edges, cotangents[best], targets)
         signal = {kind: crossing(graph, figures) for kind, figures in signals.items()}
         return Flow(falls, growth, signal, blames, parts.layers, on_trunk(parts, norms[best]))
 
     def blame_of(self, node: ir.Node) -> tuple[Blame, ...]:
-        return self.blames.get(node.outputs[0], ())
+        return self.blames.get(main_output(node), ())
 
     def at(self, node: ir.Node, kind: Evidence) -> dict[str, float]:
         curves = {"trunk_decades": self.decades, "trunk_growth": self.growth, "trunk_signal": self.signal}

@@ -1,8 +1,9 @@
 """From facts to findings: which rules hold where, one finding per cause, and the verdict.
 
 A rule judges the subjects of its scope one by one. Subjects it holds for, with no subject between that it judged sound,
-share one finding, which the worst of them speaks for; where more than three findings of a rule would be left, they are
-one. What can't be decided for want of a fact counts as not judged.
+share one finding, which the worst of them speaks for; where more findings would be left than the rule's `places`, they
+are one. Consequences name their cause and stand behind it. What can't be decided for want of a fact counts as not
+judged.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from gradlint.condition import evaluate, names_in, near
 from gradlint.exceptions import UsageError
 from gradlint.fact_table import FACTS, Scope, Subject
 from gradlint.fixes import choose_fixes
-from gradlint.message import message_facts, render_message
+from gradlint.message import decades, message_facts, render_message
 from gradlint.results import LEVELS, Blame, Evidence, Finding, Level, Verdict
 from gradlint.rulebook import Rule, Rulebook
 
-_PLACES = 3  # places a rule names one by one; more of them share a cause, and a finding
+_APART = 2.0  # decades between a measurement and its estimate that are worth a word
 _NOUNS: dict[Scope, str] = {
     "model": "model",
     "layer": "layer",
@@ -54,6 +55,7 @@ class _Hit:
     """A subject that a rule holds for, at which level, and the facts that made it hold."""
 
     subject: Subject
+    condition: Level
     level: Level
     used: frozenset[str]
     rank: float
@@ -61,11 +63,17 @@ class _Hit:
 
 @dataclass(frozen=True)
 class _Placed:
-    """A finding with the rule and the graph position it came from."""
+    """A finding with its rule, and the graph positions of the place that speaks for it and of the group's ends."""
 
     finding: Finding
     rule: Rule
     order: int
+    first: int
+    last: int
+
+    @property
+    def is_consequence(self) -> bool:
+        return "cause" in self.finding.metrics
 
 
 def judge(
@@ -94,11 +102,11 @@ def judge(
         quiet = [glob for glob, some in layer_ignores.items() if any(_matches(selector, rule) for selector in some)]
         scope = [subject for subject in known if subject.scope == rule.scope and not _is_named(subject, quiet)]
         groups, tallies[rule.name] = _hits(rule, scope)
-        if len(groups) > _PLACES:
+        if len(groups) > rule.places:
             groups = [[hit for group in groups for hit in group]]
         placed += [_finding(rule, group, _fingerprint(rule, group, scope, identities)) for group in groups]
     placed = _point_to_causes(placed)
-    placed.sort(key=lambda item: (LEVELS.index(item.finding.level), item.finding.code, item.order))
+    placed.sort(key=lambda p: (LEVELS.index(p.finding.level), p.is_consequence, p.finding.code, p.order))
     return Judgement(tuple(item.finding for item in placed), tallies)
 
 
@@ -195,7 +203,7 @@ def _decide(rule: Rule, subject: Subject) -> tuple[_Hit | None, bool]:
         if outcome.value:
             ranked = evaluate(rule.rank, subject.facts, rule.limits).value if rule.rank else None
             rank = float("-inf") if ranked is None else float(ranked)
-            return _Hit(subject, rule.forced_level or level, outcome.used, rank), True
+            return _Hit(subject, level, rule.forced_level or level, outcome.used, rank), True
         open_question |= outcome.value is None
     return None, not open_question
 
@@ -219,7 +227,11 @@ def _finding(rule: Rule, group: list[_Hit], fingerprint: str) -> _Placed:
         message += f"; and {len(group) - 1} more {noun}, {first} to {last}" if first != last else ""
         metrics |= {"layers": len(group), "first": first, "last": last}
     evidence = _evidence(subject, worst.used)
-    level = _capped(worst.level, evidence, subject)
+    proved = _holds_by_proof(rule, worst)
+    if proved and "every input" not in message:
+        message += "; proved for every input in range"
+    message += _disagreement(subject, worst.used)
+    level = worst.level if proved else _capped(worst.level, evidence, subject)
     if level != worst.level:
         message += "; judged on made-up inputs, which a trained model need not be at home with: give real ones (--data)"
     finding = Finding(
@@ -235,7 +247,24 @@ def _finding(rule: Rule, group: list[_Hit], fingerprint: str) -> _Placed:
         source=subject.source,
         fingerprint=fingerprint,
     )
-    return _Placed(finding, rule, subject.order)
+    return _Placed(finding, rule, subject.order, group[0].subject.order, group[-1].subject.order)
+
+
+def _holds_by_proof(rule: Rule, hit: _Hit) -> bool:
+    """Does the finding follow from bounds alone, in place of what was estimated or measured?"""
+    facts = {name: fact for name, fact in hit.subject.facts.items() if _kind(hit.subject, name) in (None, "proved")}
+    bounds = {name.removeprefix("proved_"): fact for name, fact in facts.items() if name.startswith("proved_")}
+    outcome = evaluate(rule.conditions[hit.condition], {**facts, **bounds}, rule.limits)
+    return bool(outcome.value) and any(name.removeprefix("proved_") in bounds for name in outcome.used)
+
+
+def _disagreement(subject: Subject, used: frozenset[str]) -> str:
+    """What the estimate says where it is more than two decades from the measurement that decided."""
+    for name in sorted(fact for fact in used if FACTS[fact].unit == "decades"):
+        measured, estimated = (subject.facts.get(f"{kind}_{name}") for kind in ("measured", "estimated"))
+        if isinstance(measured, float) and isinstance(estimated, float) and abs(measured - estimated) > _APART:
+            return f"; the estimate differs: {decades(estimated)}"
+    return ""
 
 
 def _fingerprint(rule: Rule, group: list[_Hit], scope: Sequence[Subject], identities: Mapping[str, str]) -> str:
@@ -251,9 +280,11 @@ def _fingerprint(rule: Rule, group: list[_Hit], scope: Sequence[Subject], identi
 
 
 def _capped(level: Level, evidence: Evidence, subject: Subject) -> Level:
-    """A trained model is at home on its own data: on made-up inputs what is not proved is no error."""
+    """A trained model is at home on its own data: on made-up inputs what is not proved counts one level less."""
     foreign = subject.facts.get("stage") == "trained" and not subject.facts.get("data_given")
-    return "warning" if foreign and level == "error" and evidence != "proved" else level
+    if not foreign or evidence == "proved" or level == "note":
+        return level
+    return "warning" if level == "error" else "note"
 
 
 def blame_in_words(blame: Sequence[Blame]) -> str:
@@ -277,7 +308,7 @@ def _evidence(subject: Subject, used: frozenset[str]) -> Evidence:
 def _kind(subject: Subject, fact: str) -> Evidence | None:
     prefixes: tuple[Evidence, ...] = ("proved", "estimated", "measured")
     implied = next((kind for kind in prefixes if fact.startswith(f"{kind}_")), None)
-    return subject.evidence.get(fact, implied)
+    return implied or subject.evidence.get(fact)
 
 
 def _metrics(rule: Rule, subject: Subject) -> dict[str, Any]:
@@ -292,11 +323,10 @@ def _name(subject: Subject) -> str:
 
 
 def _point_to_causes(placed: list[_Placed]) -> list[_Placed]:
-    """A finding that an error of another rule explains, and that lies upstream of it, says so."""
-    causes = [item for item in placed if item.finding.level == "error" and item.rule.explains]
+    """A finding that one of another rule, at least as severe, explains and reaches says so."""
     pointed = []
     for item in placed:
-        cause = next((c for c in causes if item.rule.name in c.rule.explains and item.order <= c.order), None)
+        cause = next((other for other in placed if _explains(other, item)), None)
         if cause is not None:
             place = cause.finding.layer or "the model"
             finding = replace(
@@ -307,3 +337,16 @@ def _point_to_causes(placed: list[_Placed]) -> list[_Placed]:
             item = replace(item, finding=finding)
         pointed.append(item)
     return pointed
+
+
+def _explains(cause: _Placed, item: _Placed) -> bool:
+    levels = (cause.finding.level, item.finding.level)
+    if (
+        item.rule.name not in cause.rule.explains
+        or "note" in levels
+        or LEVELS.index(levels[0]) > LEVELS.index(levels[1])
+    ):
+        return False
+    if item.rule.scope == "model":
+        return True
+    return cause.first <= item.last if item.rule.travels == "forward" else item.first <= cause.last

@@ -187,7 +187,9 @@ def divides_by_deviation(node: ir.Node) -> bool:
 
 
 def _inverted(value: ir.Value | None) -> ir.Value | None:
-    """x where the value is 1 / x, or where it is (x')^(-1/2) (then that node's own output)."""
+    """x where the value is 1 / x (times gamma, as jax writes it), or where it is (x')^(-1/2) (then that node's own
+    output)."""
+    value = behind(value)
     node = value.producer() if value is not None else None
     if node is None:
         return None
@@ -199,7 +201,8 @@ def _inverted(value: ir.Value | None) -> ir.Value | None:
 def _deviation(value: ir.Value | None) -> bool:
     """Is the value a root of a mean of squares (with an epsilon), or an L2 norm?"""
     seen_root = False
-    for _ in range(6):
+    for _ in range(8):
+        value = behind(value)
         node = value.producer() if value is not None else None
         if node is None:
             return False
@@ -207,7 +210,7 @@ def _deviation(value: ir.Value | None) -> bool:
             return True
         if op(node) in ("Sqrt", "Pow"):
             seen_root = True
-        elif op(node) not in ("Add", "Max", "Clip", "Expand", "Mul", "Div"):
+        elif op(node) not in ("Add", "Sub", "Max", "Clip", "Expand", "Mul", "Div"):
             return False
         value = next((v for v in node.inputs if v is not None and v.const_value is None), None)
     return False

@@ -33,7 +33,8 @@ Profiles = Mapping[Evidence, Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Unrolled:
-    """The same square matrix applied again and again to its own result: the nodes that apply it, first step first."""
+    """The same matrix applied again and again to the state made of its own result: the nodes that apply it, first step
+    first. It is square, or three or four gates side by side."""
 
     nodes: tuple[ir.Node, ...]
     index: int
@@ -65,7 +66,7 @@ def recurrent_subjects(
             names = [str(n.outputs[0].name) for n in chain.nodes]
             if all(name in known for name in names):
                 curves[kind] = np.array([known[name] for name in names])
-        subjects.append(_subject(chain.nodes[0], order[chain.nodes[0]], facts, curves, True))
+        subjects.append(_subject(chain.nodes[0], order[chain.nodes[-1]], facts, curves, True))
     return sorted(subjects, key=lambda s: s.order)
 
 
@@ -274,11 +275,12 @@ def spectral_radius(matrix: np.ndarray) -> float | None:
 
 
 def unrolled(parts: Anatomy) -> list[Unrolled]:
-    """Square matrices that at least four MatMul or Gemm nodes of one chain apply, with no skip from step to step."""
+    """Matrices of one, three or four square blocks that at least four MatMul or Gemm nodes of one chain apply, with no
+    skip from step to step."""
     users: dict[tuple[ir.Value, int], list[ir.Node]] = {}
     for use in parts.uses:
         shape = dims(use.layer.inputs[use.index])
-        if op(use.layer) in ("MatMul", "Gemm") and use.index == 1 and shape is not None and shape[-1] == shape[-2]:
+        if op(use.layer) in ("MatMul", "Gemm") and use.index == 1 and _blocks(shape):
             users.setdefault((use.value, use.index), []).append(use.layer)
     found = []
     for (_, index), nodes in users.items():
@@ -287,6 +289,14 @@ def unrolled(parts: Anatomy) -> list[Unrolled]:
             if len(chain) >= _LEAST_UNROLLED:
                 found.append(Unrolled(chain, index))
     return found
+
+
+def _blocks(shape: tuple[int, ...] | None) -> int:
+    """Square blocks that a recurrent matrix consists of: one, or one per gate of a GRU or LSTM cell; 0 for others."""
+    if shape is None or len(shape) < 2 or not min(shape[-2:]):
+        return 0
+    blocks, rest = divmod(max(shape[-2:]), min(shape[-2:]))
+    return blocks if rest == 0 and blocks in (1, 3, 4) else 0
 
 
 def _series(graph: ir.Graph, nodes: list[ir.Node]) -> tuple[ir.Node, ...]:
@@ -339,9 +349,10 @@ def _unrolled_facts(chain: Unrolled, parts: Anatomy, array: Array) -> dict[str, 
         "steps_assumed": False,
         "max_slope": 1.0 if name == "Identity" else _SLOPES.get(name),
     }
-    if matrix is not None and np.isfinite(matrix).all():
+    if matrix is not None:
+        facts["hidden_size"] = min(matrix.shape)
+    if matrix is not None and matrix.shape[0] == matrix.shape[1] and np.isfinite(matrix).all():
         facts |= {
-            "hidden_size": int(matrix.shape[-1]),
             "recurrent_norm": operator_norm(matrix),
             "recurrent_radius": spectral_radius(matrix),
         }

@@ -92,7 +92,11 @@ def _smaller(subject: Subject) -> dict[str, str]:
 
 def _keep_scale(subject: Subject) -> dict[str, str]:
     factor = _number(subject, "init_factor")
-    return {"factor": f"{factor:.3g}" if factor else "1 / its gain"}
+    return (
+        {"factor": f"{factor:.3g}", "number": f"{factor:.3g}"}
+        if factor
+        else {"factor": "1 / its gain", "number": "factor"}
+    )
 
 
 def _residual_scale(subject: Subject) -> dict[str, str]:
@@ -125,7 +129,11 @@ def _attention_scale(subject: Subject) -> dict[str, str]:
 def _rate(subject: Subject) -> dict[str, str]:
     """The learning rate at which an update is a thousandth of the weight (update_ratio -3)."""
     ratio, rate = _number(subject, "update_ratio"), _number(subject, "learning_rate")
-    return {"rate": f"to {rate * 10 ** (-3 - ratio):.1g}" if ratio is not None and rate else "by a factor of 10"}
+    optimizer = "Adam" if subject.facts.get("optimizer") == "adam" else "SGD"
+    if ratio is None or not rate:
+        return {"rate": "by a factor of 10", "lr": "lr", "optimizer": optimizer}
+    wanted = f"{rate * 10 ** (-3 - ratio):.1g}"
+    return {"rate": f"to {wanted}", "lr": wanted, "optimizer": optimizer}
 
 
 def _depth(subject: Subject) -> dict[str, str]:
@@ -155,7 +163,7 @@ def _activation(text: str, pytorch: str, keras: str) -> Remedy:
 
 
 def _init(name: str, title: str, pytorch: str, keras: str) -> Remedy:
-    return Remedy("weights", "{scaling}", pytorch, keras, _scheme(name, title))
+    return Remedy("weights", "{scaling}{others}", pytorch, keras, _scheme(name, title))
 
 
 # Variance of a kernel's elements by fan_in and fan_out.
@@ -222,9 +230,9 @@ REMEDIES: dict[str, Remedy] = {
     ),
     "scale-init": Remedy(
         "weights",
-        "Multiply {kernel} by {factor}, so that the layer keeps the scale",
-        "layer.weight.data.mul_(factor)",
-        "layer.kernel.assign(factor * layer.kernel)",
+        "Multiply {kernel} by {factor}, so that the layer keeps the scale{others}",
+        "layer.weight.data.mul_({number})",
+        "layer.kernel.assign({number} * layer.kernel)",
         _keep_scale,
     ),
     "smaller-init": Remedy(
@@ -373,7 +381,11 @@ REMEDIES: dict[str, Remedy] = {
         "optimizers.SGD(clipnorm=1.0)",
     ),
     "learning-rate": Remedy(
-        "other", "Change the learning rate {rate}", "torch.optim.SGD(params, lr)", "optimizers.SGD(lr)", _rate
+        "other",
+        "Change the learning rate {rate}",
+        "torch.optim.{optimizer}(params, lr={lr})",
+        "optimizers.{optimizer}({lr})",
+        _rate,
     ),
     "warm-up": Remedy(
         "other",

@@ -26,6 +26,7 @@ from gradlint.remedies import REMEDIES
 from gradlint.results import LEVELS, Level
 
 Status = Literal["stable", "preview"]
+Way = Literal["backward", "forward"]
 
 SECTIONS = (
     "Why it matters",
@@ -36,7 +37,8 @@ SECTIONS = (
     "Does not trigger",
 )
 _REQUIRED = ("code", "status", "scope", "since", "when", "message")
-_OPTIONAL = ("level", "where", "rank", "fixes", "explains", "limits")
+_OPTIONAL = ("level", "where", "rank", "places", "fixes", "explains", "travels", "limits")
+_PLACES = 3  # places a rule names one by one; more of them share a cause, and a finding
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _CODE = re.compile(r"[A-Z]{2,8}[0-9]{3,4}")
 
@@ -62,8 +64,10 @@ class Rule:
     """A rule as its page defines it.
 
     `conditions` are tried strongest level first, on the subjects of `scope` for which `where` holds; `rank` (larger =
-    worse) picks the subject that speaks for a group of layers; findings of the rules in `explains` that lie upstream of
-    this rule's errors point here. `forced_level` replaces the level of every finding.
+    worse) picks the subject that speaks for a group of layers; where there are more groups than `places` they are one.
+    Findings of the rules in `explains` point here where what is wrong here reaches them: towards the inputs if it
+    `travels` backward, as gradients do, towards the outputs if forward. `forced_level` replaces the level of every
+    finding.
     """
 
     name: str
@@ -75,8 +79,10 @@ class Rule:
     message: str
     where: Condition | None
     rank: Condition | None
+    places: int
     fixes: tuple[str, ...]
     explains: tuple[str, ...]
+    travels: Way
     limits: Limits
     title: str
     sections: Mapping[str, str]
@@ -249,8 +255,10 @@ def _rule(
         message=table["message"],
         where=None if where is None else parse_condition(where, scope, limits, f"{path}: where"),
         rank=None if rank is None else parse_condition(rank, scope, limits, f"{path}: rank", "number"),
+        places=_places(table.get("places", _PLACES), path),
         fixes=tuple(_choice(fix, tuple(REMEDIES), f"{path}: fixes") for fix in _texts(table, "fixes", path)),
         explains=_texts(table, "explains", path),
+        travels=_choice(table.get("travels", "backward"), ("backward", "forward"), f"{path}: travels"),
         limits=limits,
         title=title,
         sections=sections,
@@ -335,6 +343,12 @@ def _texts(table: dict[str, Any], key: str, path: str) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise UsageError(f"{path}: {key} must be a list of texts")
     return tuple(values)
+
+
+def _places(value: Any, path: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{path}: places must be a whole number from 1")
+    return value
 
 
 def _limits(table: Any, where: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ from gradlint.anatomy import Anatomy
 from gradlint.attention_facts import attention_subjects, attentions
 from gradlint.estimate import Estimate, context
 from gradlint.fact_table import Fact, Subject
-from gradlint.graph import attribute, constant_array, dims, op, source
+from gradlint.graph import attribute, constant_array, dims, main_output, op, source
 from gradlint.ops.recurrent import time_profile
 from gradlint.patterns import array_behind, compositions, normalisations
 from gradlint.reach import Zeros, blocked, reaching_layers, structural_zeros
@@ -63,7 +63,7 @@ def static_facts(
     _describe_kernels(parts, layers, weights)
     norms: dict[Evidence, dict[str, float]] = {
         "estimated": {
-            str(n.outputs[0].name): g for n in parts.weighted if (g := estimate.grad_norm(n.outputs[0])) is not None
+            str(main_output(n).name): g for n in parts.weighted if (g := estimate.grad_norm(main_output(n))) is not None
         },
         "measured": {name: row["grad_norm"] for name, row in measured.items() if "grad_norm" in row},
     }
@@ -110,7 +110,7 @@ def _weights(parts: Anatomy, zeros: Zeros) -> dict[tuple[ir.Node, int], dict[str
     biases = _biases(parts)
     found = {}
     for use in parts.uses:
-        follows = next_activation(use.layer.outputs[0], composed, norms)
+        follows = next_activation(main_output(use.layer), composed, norms)
         facts = weight_facts(
             use,
             role=role(use),

@@ -12,7 +12,7 @@ from gradlint.anatomy import Anatomy
 from gradlint.constants import varying
 from gradlint.estimate import Estimate
 from gradlint.fact_table import Fact
-from gradlint.graph import ACTIVATIONS, MOVES, dims, is_float, is_gate, is_head, op
+from gradlint.graph import ACTIVATIONS, MOVES, dims, is_float, is_gate, is_head, main_output, op
 from gradlint.patterns import (
     Composition,
     activation_name,
@@ -147,7 +147,7 @@ def structure(parts: Anatomy, estimate: Estimate, around: Bypasses) -> dict[ir.N
         if node in parts.activations:
             facts |= _activation_facts(node, parts, composed)
         if node in parts.weighted:
-            follows = next_activation(node.outputs[0], composed, norms)
+            follows = next_activation(main_output(node), composed, norms)
             facts |= {"next_activation": follows.name, "before_norm": follows.normalised}
         found[node] = facts
     for node, growth in _residual_growth(residuals, chains, estimate).items():
@@ -216,7 +216,7 @@ def _hidden_sigmoid(node: ir.Node, parts: Anatomy, composed: Mapping[ir.Node, Co
 def _activated(node: ir.Node, composed: Mapping[ir.Node, Composition]) -> bool:
     """Does an activation read the node's output (through moves)?"""
     return any(
-        op(n) in ACTIVATIONS or (n in composed and composed[n].source in n.inputs) for n, _ in onward(node.outputs[0])
+        op(n) in ACTIVATIONS or (n in composed and composed[n].source in n.inputs) for n, _ in onward(main_output(node))
     )
 
 
@@ -232,8 +232,8 @@ def _is_post_norm(node: ir.Node, around: Bypasses) -> bool:
 def _width(node: ir.Node, estimate: Estimate) -> float:
     """Units a layer's gradient is averaged over: features; of images and sequences of channels, channels times the
     positions of a window of 3."""
-    shape = dims(node.outputs[0]) or (1,)
-    axis = unit_axis(node.outputs[0], estimate)
+    shape = dims(main_output(node)) or (1,)
+    axis = unit_axis(main_output(node), estimate)
     window = math.prod(min(3, max(1, n)) for n in shape[2:]) if axis == 1 else 1
     return float(max(1, shape[axis]) * window)
 

@@ -118,5 +118,14 @@ def conv1d(length: int) -> onnx.ModelProto:
     )
 
 
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+def test_a_recurrent_layer_speaks_of_the_output_that_is_read(cell: str) -> None:
+    """The builder leaves Y out, as exporters do where only the last state is wanted."""
+    row = next(row for row in gradlint.check(rnn(cell=cell)).layers if row.op_type == cell)
+    assert (row.shape[0], row.shape[-1]) == (1, 16)
+    for figures in (row.estimated, row.measured):
+        assert {"output_std", "signal", "grad_norm", "decades"} <= set(figures)
+
+
 def test_the_width_of_a_convolution_over_a_sequence_is_that_of_its_channels() -> None:
     assert gradlint.check(conv1d(2), select=("narrow-deep-relu",)).findings == ()

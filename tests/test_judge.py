@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -26,13 +27,18 @@ def subject(
     scope: Scope = "layer", name: str = "a", order: int = 0, evidence: Evidence = "estimated", **facts: Fact
 ) -> Subject:
     """Its numbers are known by `evidence`; the truths and texts are read from the file."""
-    defaults: dict[str, Fact] = {"is_gate": False, "is_head": False, "is_structural_zero": False}
+    defaults: dict[str, Fact] = {"is_gate": False, "is_head": False, "is_structural_zero": False, "optimizer": "sgd"}
     numbers = {fact: evidence for fact, value in facts.items() if isinstance(value, float)}
     return Subject(scope, layer=name, order=order, facts={**defaults, **facts}, evidence=numbers)
 
 
 def chain(*decades: float | None) -> list[Subject]:
     return [subject(name=f"layers.{i}", order=i, trunk_decades=value) for i, value in enumerate(decades)]
+
+
+def sums(*growths: float | None) -> list[Subject]:
+    """Residual additions, whose rule names up to three places one by one."""
+    return [subject(name=f"sums.{i}", order=i, residual_growth=value) for i, value in enumerate(growths)]
 
 
 def only(judgement: Judgement) -> Finding:
@@ -128,6 +134,18 @@ def test_strongest_level_that_holds_wins() -> None:
     assert levels == [[], ["warning"], ["error"]]
 
 
+def test_adam_forgives_scale_but_not_a_collapsed_signal() -> None:
+    adam = Subject("model", facts={"optimizer": "adam", "learning_spread": 6.0, "stage": "init"})
+    places = [replace(s, facts={k: v for k, v in s.facts.items() if k != "optimizer"}) for s in chain(-4.0)]
+    found = judge([adam, *places, subject(trunk_signal=1e-4)], BOOK, select=("GL201", "GL204", "GL208")).findings
+    assert {f.rule: f.level for f in found} == {
+        "signal-collapse": "error",
+        "vanishing-gradient": "warning",
+        "uneven-learning": "note",
+    }
+    assert "layer-wise-rate" not in {fix.name for f in found for fix in f.fixes}
+
+
 def test_unknown_is_not_judged_and_never_clean() -> None:
     judgement = judge(chain(-1.0, None, None), BOOK, select=CHAIN)
     assert judgement.findings == ()
@@ -150,14 +168,15 @@ def test_consecutive_layers_share_a_finding_of_the_worst() -> None:
 
 
 def test_a_sound_layer_parts_groups_and_an_unknown_one_does_not() -> None:
-    assert len(judge(chain(-4.0, -1.0, -4.0), BOOK, select=CHAIN).findings) == 2
-    assert len(judge(chain(-4.0, None, -4.0), BOOK, select=CHAIN).findings) == 1
+    assert len(judge(sums(1e5, 1.0, 1e5), BOOK, select=("GL505",)).findings) == 2
+    assert len(judge(sums(1e5, None, 1e5), BOOK, select=("GL505",)).findings) == 1
 
 
-def test_more_than_three_places_share_one_finding() -> None:
-    assert len(judge(chain(-4.0, -1.0, -4.0, -1.0, -4.0), BOOK, select=CHAIN).findings) == 3
-    found = only(judge(chain(-4.0, -1.0, -4.0, -1.0, -4.0, -1.0, -4.5), BOOK, select=CHAIN))
-    assert found.message.endswith("; and 3 more layers, layers.0 to layers.6")
+def test_more_places_than_a_rule_names_share_one_finding() -> None:
+    assert len(judge(sums(1e5, 1.0, 1e5, 1.0, 1e5), BOOK, select=("GL505",)).findings) == 3
+    found = only(judge(sums(1e5, 1.0, 1e5, 1.0, 1e5, 1.0, 1e6), BOOK, select=("GL505",)))
+    assert found.message.endswith("; and 3 more layers, sums.0 to sums.6")
+    assert len(judge(chain(-4.0, -1.0, -4.0), BOOK, select=CHAIN).findings) == 1
 
 
 def test_a_trained_model_on_made_up_inputs_is_warned_about_and_told_why() -> None:
@@ -165,8 +184,28 @@ def test_a_trained_model_on_made_up_inputs_is_warned_about_and_told_why() -> Non
     found = only(judge([model, *chain(-4.0)], BOOK, select=CHAIN))
     assert found.level == "warning"
     assert "judged on made-up inputs" in found.message
-    proved = subject(trunk_decades=-4.0, evidence="proved")
-    assert only(judge([model, proved], BOOK, select=CHAIN)).level == "error"
+    assert only(judge([model, *chain(-2.7)], BOOK, select=CHAIN)).level == "note"
+    proved = subject(proved_decades=-4.0, on_trunk=True)
+    assert only(judge([model, proved], BOOK, select=("GL203",))).level == "error"
+
+
+def test_what_follows_from_bounds_alone_is_said_of_every_input() -> None:
+    facts = {"steps": 100.0, "steps_assumed": False, "time_decades": -9.0}
+    measured = subject("recurrent", "rnn", evidence="measured", **facts, proved_time_decades=-7.5)
+    assert "; proved for every input in range" in only(judge([measured], BOOK, select=("GL401",))).message
+    loose = subject("recurrent", "rnn", evidence="measured", **facts, proved_time_decades=-6.5)
+    assert "every input" not in only(judge([loose], BOOK, select=("GL401",))).message
+
+
+def test_an_estimate_more_than_two_decades_off_is_mentioned() -> None:
+    def message(estimated: float) -> str:
+        place = subject(evidence="measured", trunk_decades=-5.0, measured_trunk_decades=-5.0)
+        return only(
+            judge([replace(place, facts={**place.facts, "estimated_trunk_decades": estimated})], BOOK, select=CHAIN)
+        ).message
+
+    assert message(-2.5).endswith("; the estimate differs: -2.5 decades")
+    assert "estimate" not in message(-3.5)
 
 
 def test_groups_follow_the_graph_whatever_order_subjects_come_in() -> None:
@@ -219,27 +258,41 @@ def test_facts_of_the_model_are_known_everywhere() -> None:
 
 def test_findings_are_sorted_by_level_then_code_then_place() -> None:
     subjects = [
-        *chain(-2.7, -1.0, -4.0),
+        *sums(2e3, 1.0, 1e5),
         Subject("model", facts={"folded_batchnorm": 1.0, "folded_layers": "conv", "probe_skipped": True}),
         subject("activation", "tanh", 5, op_type="Tanh", saturated=0.9, fully_saturated=0.0),
     ]
     found = [(finding.level, finding.code, finding.layer) for finding in judge(subjects, BOOK).findings]
     assert found == [
-        ("error", "GL201", "layers.2"),
+        ("error", "GL505", "sums.2"),
         ("warning", "GL101", "tanh"),
-        ("warning", "GL201", "layers.0"),
+        ("warning", "GL505", "sums.0"),
         ("note", "GL502", None),
         ("note", "GL902", None),
     ]
 
 
-def test_an_error_explains_what_lies_upstream_of_it() -> None:
+def test_a_cause_explains_the_gradient_before_it_and_the_signal_behind_it() -> None:
     dead = subject("activation", "relu.1", 1, op_type="Relu", width=64, dead=0.9, samples_per_unit=640.0, stage="init")
-    findings = judge([*chain(-4.0, -1.0, -4.0), dead], BOOK, select=("GL104", "GL201")).findings
-    _, upstream, downstream = findings
-    assert upstream.message.endswith("; a consequence of dead-relu at relu.1")
-    assert upstream.metrics["cause_layer"] == "relu.1"
-    assert "consequence" not in downstream.message
+    above, below = subject(order=0, trunk_decades=-4.0), subject(order=2, trunk_signal=1e-4)
+    first, *others = judge([above, below, dead], BOOK, select=("GL104", "GL201", "GL204")).findings
+    assert first.rule == "dead-relu"
+    for found in others:
+        assert found.message.endswith("; a consequence of dead-relu at relu.1")
+        assert found.metrics["cause_layer"] == "relu.1"
+    above, below = subject(order=0, trunk_signal=1e-4), subject(order=2, trunk_decades=-4.0)
+    for found in judge([above, below, dead], BOOK, select=("GL201", "GL204")).findings:
+        assert "consequence" not in found.message
+
+
+def test_a_cause_stands_before_its_consequences_and_is_as_severe() -> None:
+    growing = subject(order=3, residual_growth=1e5)
+    found = judge([subject(trunk_growth=4.0), growing], BOOK, select=("GL202", "GL505")).findings
+    assert [f.code for f in found] == ["GL505", "GL202"]
+    growing = subject(order=3, residual_growth=2e3)
+    found = judge([subject(trunk_growth=4.0), growing], BOOK, select=("GL202", "GL505")).findings
+    assert [f.code for f in found] == ["GL202", "GL505"]
+    assert "consequence" not in found[0].message
 
 
 def test_finding_keeps_source_and_fingerprint() -> None:

@@ -11,6 +11,7 @@ import pytest
 from builders import rnn
 from onnx import TensorProto, helper, numpy_helper
 
+import gradlint
 from gradlint.anatomy import Anatomy, anatomy
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
@@ -146,6 +147,23 @@ def test_unrolled_recurrence_is_found_and_bounded() -> None:
     assert (found.facts["cell"], found.facts["steps"], found.facts["hidden_size"]) == ("unrolled", 12, 8)
     assert found.facts["proved_time_decades"] == pytest.approx(11 * math.log10(0.5), rel=1e-3)
     assert found.facts["time_decades"] == pytest.approx(-11)
+
+
+def test_the_last_of_all_states_gets_the_gradient_alone() -> None:
+    """As torch unrolls nn.RNN: the states side by side, of which the head reads the last."""
+    proto = chain(30)
+    states = [f"h{t}" for t in range(30)]
+    proto.graph.node[-1].output[0] = states[-1]
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([1]), "one"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(-1), "last"))
+    rows = [helper.make_node("Unsqueeze", [h, "one"], [f"row.{h}"], f"row.{h}") for h in states]
+    rows.append(helper.make_node("Concat", [f"row.{h}" for h in states], ["all"], "all", axis=1))
+    rows.append(helper.make_node("Gather", ["all", "last"], ["y"], "pick", axis=1))
+    proto.graph.node.extend(rows)
+    (found,) = gradlint.check(proto, select=("GL401",), probe=False).findings
+    (measured,) = gradlint.check(proto, select=("GL401",)).findings
+    assert found.metrics["time_decades"] == pytest.approx(measured.metrics["time_decades"], abs=0.5)
+    assert measured.metrics["time_decades"] < -8
 
 
 def test_layers_that_share_weights_beside_a_skip_are_no_recurrence() -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradlint.report.ladder import EXPLODING, STARVED, STRONG, VANISHING, WEAK, Rung, rungs
+from gradlint.report.ladder import EXPLODING, IN_TIME, STARVED, STRONG, VANISHING, WEAK, Rung, rungs
 from gradlint.report.text import count, decades, figure, label, number, prose
 from gradlint.results import LEVELS, Blame, Finding, LayerRow, Report
 
@@ -83,6 +83,8 @@ def headline(report: Report) -> str:
             sentence = _vanishing(report, finding, ladder)
         elif finding.rule in EXPLODING:
             sentence = _exploding(report, finding, ladder)
+        elif finding.rule in IN_TIME:
+            sentence = _in_time(finding)
         if sentence:
             return sentence
     message = prose(top[0].message)
@@ -149,6 +151,20 @@ def _exploding(report: Report, finding: Finding, ladder: Sequence[Rung]) -> str:
     sentence += label(worst.row.name, 60)
     culprits = [s for s in shares(_blame(report, finding)) if s.decades > 0.5]
     return f"{sentence}; {culprits[0].noun} multiply it." if culprits else sentence + "."
+
+
+def _in_time(finding: Finding) -> str:
+    """What is left of the last step's gradient at the first: a recurrent layer can starve in time and not in norm."""
+    change, steps = number(finding.metrics, "time_decades"), number(finding.metrics, "steps")
+    if steps is None or finding.layer is None:
+        return ""
+    over = f"over the {steps:.0f} time steps of {label(finding.layer, 60)}"
+    if (finding.metrics.get("time_decades") or change or 0) > 0:
+        return f"The gradient grows {over}" + (
+            f", {figure(10 ** min(change, 300))}-fold." if change else " without limit."
+        )
+    left = "nothing" if change is None else figure(10 ** max(change, -300))
+    return f"The gradient dies {over}: {left} of it reaches the first."
 
 
 def _blame(report: Report, finding: Finding) -> tuple[Blame, ...]:

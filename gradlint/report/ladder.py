@@ -18,6 +18,7 @@ STRONG, EXPLODED = math.log10(70), 3.0
 
 VANISHING = frozenset({"vanishing-gradient", "vanishing-for-every-input"})
 EXPLODING = frozenset({"exploding-gradient"})
+IN_TIME = frozenset({"rnn-vanishing-in-time", "rnn-exploding-in-time"})
 
 
 @dataclass(frozen=True)

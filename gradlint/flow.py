@@ -107,7 +107,7 @@ def nonlinearity(
 
     sqrt(E tr(J C J') / tr(C')), J the Jacobian from a value with covariance C over examples to one with C'
     (Philipp and Carbonell 2018): the variance that a linear map of the same slopes would carry, over what arrives. 0
-    for a linear network. C is taken as its mean variance times the identity, which makes it the product of gradient norm
+    for a linear network. C is taken as its mean variance times the identity: then it is the product of gradient norm
     and spread over examples, here against there. The largest product of the values across a cut stands for the cut.
     """
     products = {v: norms[v] * spreads[v] for v in norms if v in spreads}

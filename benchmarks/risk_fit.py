@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import precision_score, recall_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
 import gradlint
 from gradlint import analysis
-from gradlint.risk import TERMS, evidence, risk
+from gradlint.risk import CAPS, evidence, lost, risk
 
 found: dict[str, float] = {}
 
@@ -30,24 +30,27 @@ def remember(facts):
 
 def main(labels: str, folder: str, *flags: str) -> None:
     analysis.risk = remember
-    rows, sick = [], []
+    rows, totals, sick = [], [], []
     for network in json.loads(Path(labels).read_text()):
         best = max(network["sgd"].values())
         if not 0.5 <= best <= 0.9:
             path = f"{folder}/{network['id']}"
             gradlint.check(f"{path}.onnx", data=f"{path}.npz", loss="cross-entropy", probe="--no-probe" not in flags)
-            rows.append([min(found.get(t.name, t.unknown), t.cap) for t in TERMS])
+            rows.append([min(found[name], cap) for name, cap in CAPS.items()])
+            totals.append([lost(found)])
             sick.append(best < 0.5)
-    x, y = np.array(rows), np.array(sick)
+    x, total, y = np.array(rows), np.array(totals), np.array(sick)
     scores = np.zeros(len(y))
     for seed in range(10):
-        for train, test in StratifiedKFold(5, shuffle=True, random_state=seed).split(x, y):
-            scores[test] += LogisticRegression(C=0.3).fit(x[train], y[train]).decision_function(x[test])
-    fit = LogisticRegression(C=0.3).fit(x, y)
-    print(f"networks {len(y)}, untrainable {y.sum()}, cross-validated AUROC {roc_auc_score(y, scores):.3f}")
-    print("intercept", round(fit.intercept_[0], 2))
-    for term, weight, column in zip(TERMS, fit.coef_[0], x.T, strict=True):
-        print(f"{term.name:14s} weight {weight:.2f} cap {term.cap:g}  alone: AUROC {roc_auc_score(y, column):.3f}")
+        for train, test in StratifiedKFold(5, shuffle=True, random_state=seed).split(total, y):
+            scores[test] += LogisticRegression(C=0.3).fit(total[train], y[train]).decision_function(total[test])
+    fit = LogisticRegression(C=0.3).fit(total, y)
+    print(f"networks {len(y)}, untrainable {y.sum()}")
+    print(f"cross-validated: AUROC {roc_auc_score(y, scores):.3f}, risk >= 0.5 has precision "
+          f"{precision_score(y, scores > 0):.3f} and recall {recall_score(y, scores > 0):.3f}")  # fmt: skip
+    print(f"steepness {fit.coef_[0][0]:.2f} half {-fit.intercept_[0] / fit.coef_[0][0]:.2f}")
+    for name, column in zip(CAPS, x.T, strict=True):
+        print(f"{name:14s} cap {CAPS[name]:g}  alone: AUROC {roc_auc_score(y, column):.3f}")
 
 
 if __name__ == "__main__":

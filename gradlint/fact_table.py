@@ -122,6 +122,7 @@ _MODEL = (
         "estimated measured",
         ("trunk_min_decades", "decades", "the least `trunk_decades` of all layers"),
         ("trunk_max_decades", "decades", "the largest `trunk_growth` of all layers"),
+        ("nonlinearity", "decades", "largest nonlinearity coefficient of all layers: how far the map is from linear"),
         ("learning_spread", "decades", "log10 of largest to smallest grad_rms / weight_rms over trunk kernels"),
     )
     + _evident(

@@ -22,13 +22,14 @@ _Curve = Mapping[ir.Node, float]
 
 @dataclass(frozen=True)
 class Flow:
-    """Trunk gradient (decades against its largest nearer the outputs, and against the last layer) and signal at every
-    cut.
+    """Trunk gradient (decades against its largest nearer the outputs, and against the last layer), signal and
+    nonlinearity (`nonlinearity`) at every cut.
     """
 
     decades: Mapping[Evidence, _Curve]
     growth: Mapping[Evidence, _Curve]
     signal: Mapping[Evidence, _Curve]
+    nonlinearity: Mapping[Evidence, _Curve]
     blames: Mapping[ir.Value, tuple[Blame, ...]]
     layers: tuple[ir.Node, ...]
     trunk: frozenset[ir.Node]
@@ -44,12 +45,19 @@ class Flow:
         signals: dict[Evidence, dict[ir.Value, float]] = {
             "estimated": {v: s for v in names if (s := estimated_signal(estimate, v)) is not None}
         }
+        spreads: dict[Evidence, dict[ir.Value, float]] = {
+            "estimated": {v: s * math.sqrt(_second(estimate, v)) for v, s in signals["estimated"].items()}
+        }
         if measured is not None:
             rows = {
                 values[n]: row for n, row in measured.values.items() if n in values and values[n] in estimate.varies
             }
             norms["measured"] = {v: row["grad_norm"] for v, row in rows.items() if "grad_norm" in row}
             signals["measured"] = {v: row["signal"] for v, row in rows.items() if "signal" in row}
+            spreads["measured"] = {
+                v: signal * math.hypot(rows[v]["output_mean"], rows[v]["output_std"])
+                for v, signal in signals["measured"].items()
+            }
         falls: dict[Evidence, dict[ir.Node, float]] = {}
         growth: dict[Evidence, _Curve] = {}
         stem = _before_head(parts)
@@ -71,7 +79,8 @@ class Flow:
         targets = [main_output(n) for n in parts.layers]
         blames = blame(graph, norms[best], estimate.edges, cotangents[best], targets)
         signal = {kind: crossing(graph, figures) for kind, figures in signals.items()}
-        return Flow(falls, growth, signal, blames, parts.layers, on_trunk(parts, norms[best]))
+        bent = {kind: nonlinearity(graph, stem, norms[kind], spreads[kind]) for kind in norms}
+        return Flow(falls, growth, signal, bent, blames, parts.layers, on_trunk(parts, norms[best]))
 
     def blame_of(self, node: ir.Node) -> tuple[Blame, ...]:
         return self.blames.get(main_output(node), ())
@@ -86,7 +95,25 @@ class Flow:
             if self.decades[kind]:
                 found[kind]["trunk_min_decades"] = min(self.decades[kind].values())
                 found[kind]["trunk_max_decades"] = max(self.growth[kind].values())
+            if self.nonlinearity[kind]:
+                found[kind]["nonlinearity"] = max(self.nonlinearity[kind].values())
         return found
+
+
+def nonlinearity(
+    graph: ir.Graph, stem: list[ir.Node], norms: Mapping[ir.Value, float], spreads: Mapping[ir.Value, float]
+) -> dict[ir.Node, float]:
+    """Decades of the nonlinearity coefficient from each layer to the last one of `stem` (its first).
+
+    sqrt(E tr(J C J') / tr(C')), J the Jacobian from a value with covariance C over examples to one with C'
+    (Philipp and Carbonell 2018): the variance that a linear map of the same slopes would carry, over what arrives. 0
+    for a linear network. C is taken as its mean variance times the identity: then it is the product of gradient norm
+    and spread over examples, here against there. The largest product of the values across a cut stands for the cut.
+    """
+    products = {v: norms[v] * spreads[v] for v in norms if v in spreads}
+    curve = crossing(graph, {v: p for v, p in products.items() if math.isfinite(p)})
+    last = next((curve[n] for n in stem if n in curve), 0.0)
+    return {n: decades(curve[n], last) for n in stem if curve.get(n, 0.0) > 0 and last > 0}
 
 
 def _before_head(parts: Anatomy) -> list[ir.Node]:
@@ -112,10 +139,15 @@ def cotangent_norm(graph: ir.Graph, estimate: Estimate) -> float:
     return math.sqrt(sum(estimate.elements(o) for o in dict.fromkeys(graph.outputs) if is_float(o)) or 1.0)
 
 
+def _second(estimate: Estimate, value: ir.Value) -> float:
+    """Mean square over examples, positions and units."""
+    return float(np.mean(estimate.moments[value].second))
+
+
 def estimated_signal(estimate: Estimate, value: ir.Value) -> float | None:
     """Standard deviation over examples / RMS."""
     x = estimate.moments.get(value)
     if x is None:
         return None
-    second = float(np.mean(x.second))
+    second = _second(estimate, value)
     return math.sqrt(max(0.0, float(np.mean(x.shared + x.local))) / second) if second > 0 else 0.0

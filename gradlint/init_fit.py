@@ -119,7 +119,8 @@ def best_fit(array: np.ndarray, sizes: tuple[float, float], mean: float, rms: fl
 
 
 def looks_drawn(array: np.ndarray) -> bool | None:
-    """Does a weight look like independent draws from one uniform, normal or truncated normal distribution of any scale?
+    """Does a weight look like independent draws from one normal or truncated normal distribution of any scale, or a
+    uniform one over any interval?
 
     Two tests: the elements' distribution, and whether rows are as alike in size as draws are (training makes some units
     stronger than others). None: too small to tell, constant, or not finite.
@@ -133,6 +134,9 @@ def looks_drawn(array: np.ndarray) -> bool | None:
     ordered = np.sort(draws)
     bound = max(float(np.abs(ordered[[0, -1]]).max()), std * math.sqrt(3) * (1 - 3 / draws.size))
     fits = max(p_value(ordered, cdf) for cdf in (_uniform(bound), _normal(std), _truncated(std)))
+    low, high = float(ordered[0]), float(ordered[-1])  # of an interval not around 0: (0, 1), say
+    reach = (high - low) / 2 * (1 + 2 / draws.size)
+    fits = max(fits, p_value(ordered - (low + high) / 2, _uniform(reach)))
     return fits > 1e-3 and not _uneven(array)
 
 

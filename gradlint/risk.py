@@ -1,45 +1,39 @@
 """One number in [0, 1]: how likely it is that the network won't train as it stands.
 
-A logistic function of six facts, each cut off where more of it makes no difference:
+A logistic function of the decades that are lost on the way, added up:
 
-    risk = 1 / (1 + exp(-(b + sum_k w_k min(x_k, cap_k))))
+    risk = 1 / (1 + exp(-STEEPNESS * (sum_k min(x_k, CAPS[k]) - HALF)))
 
-The weights were fitted (L2-regularised maximum likelihood) on small networks labelled by really training them with SGD
-and momentum; benchmarks/risk_fit.py prints them with their cross-validated AUROC. All facts are measured or estimated
-quantities: nothing counts layers or reads operator names, so risk is the same for every spelling of a function.
+Every decade counts alike, whatever took it, so that two constants are fitted, no weights: HALF is the loss at which
+half of the networks don't train. Each fact is cut off where more of it makes no difference. They were fitted on small
+networks labelled by really training them with SGD and momentum; benchmarks/risk_fit.py prints them with their
+cross-validated AUROC, precision and recall. All facts are measured or estimated quantities: nothing counts layers or
+reads operator names, so risk is the same for every spelling of a function.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 from gradlint.fact_table import Subject
 from gradlint.facts import Facts
 
 _SHARPEST = 1e-8  # signal below this is none
+_SOUND_SCALE = 0.5  # decades above 1 that activations reach in networks which train
+_SOUND_SPREAD = 2.5  # decades between the learning speeds of weights in networks which train
+_SYMMETRIC = 6.0  # decades lost where no unit differs from another
 
-
-@dataclass(frozen=True)
-class Term:
-    """One fact's share: weight per unit, up to `cap`; `unknown` stands in where it was not measured."""
-
-    name: str
-    weight: float
-    cap: float
-    unknown: float = 0.0
-
-
-INTERCEPT = -4.15
-TERMS = (
-    Term("decay", 0.52, 6.0),  # decades the trunk's gradient falls
-    Term("growth", 0.82, 6.0),  # decades it grows
-    Term("collapse", 0.99, 4.0),  # decades the trunk's signal falls below 1
-    Term("misalignment", 0.34, 1.0, 0.5),  # 1 - alignment of the last features with the inputs
-    Term("time_decay", 0.57, 6.0),  # decades the gradient falls over the steps of a recurrence
-    Term("time_growth", 1.06, 6.0),  # decades it grows over them
-)
+STEEPNESS = 1.1
+HALF = 5.0
+CAPS = {
+    "decay": 6.0,  # decades the gradient falls: along the trunk, over time steps, from weight to weight
+    "time_growth": 12.0,  # twice the decades it grows over the steps of a recurrence: as gradient, and as chaos
+    "nonlinearity": 4.0,  # decades of the nonlinearity coefficient: shattered gradients, chaos
+    "scale": 8.0,  # twice the decades of the largest activations: the stable learning rate falls with their square
+    "collapse": 4.0,  # decades the trunk's signal falls below 1
+    "symmetry": _SYMMETRIC,  # all kernels constant
+}
 
 
 def risk(facts: Facts) -> float | None:
@@ -47,24 +41,40 @@ def risk(facts: Facts) -> float | None:
     if facts.model.get("quantized_ops") or not facts.weights or facts.model.get("trunk_min_decades") is None:
         return None
     found = evidence(facts.model, facts.subjects)
-    score = INTERCEPT + sum(t.weight * min(found.get(t.name, t.unknown), t.cap) for t in TERMS)
-    return round(1.0 / (1.0 + math.exp(-score)), 6)
+    return round(1.0 / (1.0 + math.exp(-STEEPNESS * (lost(found) - HALF))), 6)
+
+
+def lost(found: Mapping[str, float]) -> float:
+    """The decades of `evidence`, cut off and added up."""
+    return sum(min(decades, CAPS[name]) for name, decades in found.items())
 
 
 def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[str, float]:
-    """The six quantities, by the name of their term; what is not known is left out."""
+    """What is lost, by the names of CAPS, in decades from 0; what is not known counts as nothing lost.
+
+    Gates learn to hold, by a bias that no step stands before: only a recurrence without gates loses over time. Growth
+    of the gradient is nonlinearity, or scale, or (where it is not finite) both.
+    """
     subjects = list(subjects)
     signals = _numbers(subjects, "trunk_signal", lambda s: not s.facts.get("is_head"))
-    times = _numbers(subjects, "time_decades", lambda s: True)
-    alignment = _number(model.get("alignment"))
-    found = {
-        "decay": max(0.0, -(_number(model.get("trunk_min_decades")) or 0.0)),
-        "growth": max(0.0, _number(model.get("trunk_max_decades")) or 0.0),
+    times = _numbers(subjects, "time_decades", lambda s: s.facts.get("cell") not in ("LSTM", "GRU"))
+    kernels = [s for s in subjects if s.facts.get("role") in ("kernel", "recurrent")]
+    spreads = _numbers(kernels, "weight_std", lambda s: True)
+    scales = [math.log10(x) for x in _numbers(subjects, "output_std", lambda s: True) if x > 0]
+    overflows = _number(model.get("trunk_max_decades")) == math.inf
+    return {
+        "decay": max(
+            0.0,
+            -(_number(model.get("trunk_min_decades")) or 0.0),
+            (_number(model.get("learning_spread")) or 0.0) - _SOUND_SPREAD,
+            *(-t for t in times),
+        ),
+        "time_growth": 2 * max([0.0, *times]),
+        "nonlinearity": _number(model.get("nonlinearity")) or 0.0,
+        "scale": math.inf if overflows else 2 * max(0.0, max(scales, default=0.0) - _SOUND_SCALE),
         "collapse": max(0.0, -math.log10(max(min(signals, default=1.0), _SHARPEST))),
-        "time_decay": max([0.0, *(-t for t in times)]),
-        "time_growth": max([0.0, *times]),
+        "symmetry": _SYMMETRIC if spreads and max(spreads) < _SHARPEST else 0.0,
     }
-    return found if alignment is None else {**found, "misalignment": 1.0 - alignment}
 
 
 def _numbers(subjects: list[Subject], name: str, chosen: Callable[[Subject], bool]) -> list[float]:

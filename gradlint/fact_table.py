@@ -215,7 +215,7 @@ _ACTIVATION = (
         ("activation", "text", "the function, patterns recognised: `Relu`, `Sigmoid`, `Silu`, `Gelu`, ..."),
         ("max_slope", "slope", "the largest |f'| of this function"),
         ("samples_per_unit", "count", "examples * positions the probe saw per unit: the weight of a measured `dead`"),
-        ("sigmoid_chain", "count", "hidden Sigmoid or HardSigmoid in series, ending here, no skip, no normalisation"),
+        ("sigmoid_chain", "count", "hidden Sigmoid or HardSigmoid in its chain, with no skip, no normalisation"),
         ("second_activation", "yes/no", "reads another activation with no layer between"),
         ("hidden_softmax", "yes/no", "a Softmax or LogSoftmax inside a chain: no attention, gate or head"),
         ("proved_input_low", "data units", "no element of the input is below this, for every input in range"),

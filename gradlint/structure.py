@@ -133,6 +133,7 @@ def structure(parts: Anatomy, estimate: Estimate, around: Bypasses) -> dict[ir.N
     composed, norms = compositions(graph), normalisations(graph)
     varies = varying(graph)
     chains = _chains(parts, estimate, around, composed, norms)
+    sigmoids = _whole_chains(graph, chains)
     found: dict[ir.Node, dict[str, Fact]] = {}
     residuals = [n for n in graph if n in around.joins and op(n) != "Concat"]
     for node in dict.fromkeys([*parts.layers, *residuals]):
@@ -142,6 +143,8 @@ def structure(parts: Anatomy, estimate: Estimate, around: Bypasses) -> dict[ir.N
             "follows_norm": _follows_norm(node, norms),
         }
         facts |= _chain_facts(node, chains[node], around, norms)
+        if op(node) in ("Sigmoid", "HardSigmoid"):
+            facts["sigmoid_chain"] = sigmoids[node] if node not in around.bypassed else 0
         if node in norms:
             facts["ends_residual"] = any(n in around.joins and op(n) != "Concat" for n, _ in onward(node.outputs[0]))
         if node in parts.activations:
@@ -202,9 +205,17 @@ def _chain_facts(node: ir.Node, chain: _Chain, around: Bypasses, norms: set[ir.N
         facts["residual_index"] = chain.residual
     if node in norms:
         facts["post_norm_blocks"] = chain.post_norm
-    if op(node) in ("Sigmoid", "HardSigmoid"):
-        facts["sigmoid_chain"] = chain.sigmoids if alone else 0
     return facts
+
+
+def _whole_chains(graph: ir.Graph, chains: Mapping[ir.Node, _Chain]) -> dict[ir.Node, int]:
+    """Sigmoids in the longest unbroken chain through each node: the count where it ends, told to all it comes from."""
+    found: dict[ir.Node, int] = {}
+    for node in reversed(list(graph)):
+        own = chains[node].sigmoids
+        going_on = [found[n] for n in node.successors() if n in found and chains[n].sigmoids >= own]
+        found[node] = max([own, *going_on]) if own else 0
+    return found
 
 
 def _hidden_sigmoid(node: ir.Node, parts: Anatomy, composed: Mapping[ir.Node, Composition]) -> bool:

@@ -190,7 +190,7 @@ def test_a_trained_model_on_made_up_inputs_is_warned_about_and_told_why() -> Non
 
 
 def test_what_follows_from_bounds_alone_is_said_of_every_input() -> None:
-    facts = {"steps": 100.0, "steps_assumed": False, "time_decades": -9.0}
+    facts = {"cell": "RNN", "steps": 100.0, "steps_assumed": False, "time_decades": -9.0}
     measured = subject("recurrent", "rnn", evidence="measured", **facts, proved_time_decades=-7.5)
     assert "; proved for every input in range" in only(judge([measured], BOOK, select=("GL401",))).message
     loose = subject("recurrent", "rnn", evidence="measured", **facts, proved_time_decades=-6.5)

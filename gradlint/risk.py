@@ -22,6 +22,7 @@ from gradlint.facts import Facts
 _SHARPEST = 1e-8  # signal below this is none
 _SOUND_SCALE = 0.5  # decades above 1 that activations reach in networks which train
 _SOUND_SPREAD = 2.5  # decades between the learning speeds of weights in networks which train
+_SOUND_ALIGNMENT = 0.5  # decades below 1 that the likeness of features to inputs falls in networks which train
 _SYMMETRIC = 6.0  # decades lost where no unit differs from another
 
 STEEPNESS = 1.1
@@ -32,6 +33,7 @@ CAPS = {
     "nonlinearity": 4.0,  # decades of the nonlinearity coefficient: shattered gradients, chaos
     "scale": 8.0,  # twice the decades of the largest activations: the stable learning rate falls with their square
     "collapse": 4.0,  # decades the trunk's signal falls below 1
+    "misalignment": 2.0,  # decades the likeness between examples is lost from the inputs to the last features (CKA)
     "symmetry": _SYMMETRIC,  # all kernels constant
 }
 
@@ -61,6 +63,8 @@ def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[s
     kernels = [s for s in subjects if s.facts.get("role") in ("kernel", "recurrent")]
     spreads = _numbers(kernels, "weight_std", lambda s: True)
     scales = [math.log10(x) for x in _numbers(subjects, "output_std", lambda s: True) if x > 0]
+    alignment = _number(model.get("alignment"))
+    alignment = 1.0 if alignment is None else alignment
     overflows = _number(model.get("trunk_max_decades")) == math.inf
     return {
         "decay": max(
@@ -73,6 +77,7 @@ def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[s
         "nonlinearity": _number(model.get("nonlinearity")) or 0.0,
         "scale": math.inf if overflows else 2 * max(0.0, max(scales, default=0.0) - _SOUND_SCALE),
         "collapse": max(0.0, -math.log10(max(min(signals, default=1.0), _SHARPEST))),
+        "misalignment": max(0.0, -math.log10(max(alignment, _SHARPEST)) - _SOUND_ALIGNMENT),
         "symmetry": _SYMMETRIC if spreads and max(spreads) < _SHARPEST else 0.0,
     }
 

@@ -55,9 +55,13 @@ def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[s
     """What is lost, by the names of CAPS, in decades from 0; what is not known counts as nothing lost.
 
     Gates learn to hold, by a bias that no step stands before: only a recurrence without gates loses over time. Growth
-    of the gradient is nonlinearity, or scale, or (where it is not finite) both.
+    of the gradient is nonlinearity, or scale, or (where it is not finite) both. What training made itself is no loss:
+    of a trained network features unlike the inputs, nonlinearity and scale don't count, and a signal that collapses
+    does on real data only.
     """
     subjects = list(subjects)
+    trained = model.get("stage") == "trained"
+    made_up = trained and not model.get("data_given")
     signals = _numbers(subjects, "trunk_signal", lambda s: not s.facts.get("is_head"))
     times = _numbers(subjects, "time_decades", lambda s: s.facts.get("cell") not in ("LSTM", "GRU"))
     kernels = [s for s in subjects if s.facts.get("role") in ("kernel", "recurrent")]
@@ -66,7 +70,7 @@ def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[s
     alignment = _number(model.get("alignment"))
     alignment = 1.0 if alignment is None else alignment
     overflows = _number(model.get("trunk_max_decades")) == math.inf
-    return {
+    found = {
         "decay": max(
             0.0,
             -(_number(model.get("trunk_min_decades")) or 0.0),
@@ -80,6 +84,9 @@ def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[s
         "misalignment": max(0.0, -math.log10(max(alignment, _SHARPEST)) - _SOUND_ALIGNMENT),
         "symmetry": _SYMMETRIC if spreads and max(spreads) < _SHARPEST else 0.0,
     }
+    learned = {"nonlinearity", "misalignment"} | ({"collapse"} if made_up else set())
+    learned |= {"scale"} if not overflows else set()
+    return {name: 0.0 if trained and name in learned else decades for name, decades in found.items()}
 
 
 def _numbers(subjects: list[Subject], name: str, chosen: Callable[[Subject], bool]) -> list[float]:

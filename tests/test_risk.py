@@ -6,7 +6,8 @@ import pytest
 from builders import build
 
 import gradlint
-from gradlint.risk import CAPS, HALF, lost
+from gradlint.fact_table import Subject
+from gradlint.risk import CAPS, HALF, evidence, lost
 
 FATAL = [
     'mlp(depth=3, kernels=["constant", "constant", "constant", "constant"])',
@@ -57,3 +58,13 @@ def test_each_loss_is_cut_off_and_all_are_added() -> None:
 
 def test_one_fatal_loss_is_enough() -> None:
     assert min(CAPS["decay"], CAPS["symmetry"], CAPS["scale"], CAPS["time_growth"]) > HALF
+
+
+def test_what_training_made_is_no_loss() -> None:
+    facts = {"nonlinearity": 2.0, "alignment": 1e-3, "trunk_min_decades": -1.5}
+    signal = [Subject("layer", "fc", facts={"trunk_signal": 0.01, "output_std": 1e3})]
+    fresh, trained = (evidence({**facts, "stage": stage}, signal) for stage in ("init", "trained"))
+    assert all(fresh[name] > 0 for name in ("decay", "nonlinearity", "misalignment", "scale", "collapse"))
+    assert {name: decades for name, decades in trained.items() if decades} == {"decay": 1.5}
+    on_data = evidence({**facts, "stage": "trained", "data_given": True}, signal)
+    assert on_data["collapse"] == pytest.approx(2.0)

@@ -191,7 +191,8 @@ _LAYER = (
         ("grad_rms", "per example", "root mean square of the gradient of the output (scope weight: of this weight)"),
         ("gain", "decades", "grad_norm at the input / at the output of this node"),
         ("trunk_decades", "decades", "trunk gradient (L2 norm) at this cut / the trunk's largest: 0 or below"),
-        ("trunk_growth", "decades", "trunk gradient at this cut / that nearest the outputs; inf = not finite"),
+        ("trunk_growth", "decades", "trunk gradient at this cut / that of the last features; inf = not finite"),
+        ("trunk_std", "data units", "the largest `output_std` of the values that cross this cut of the graph"),
         ("variance_ratio", "ratio", "variance of the output / of the first layer's output"),
         ("residual_growth", "ratio", "variance behind this residual addition / behind the first one"),
     )

@@ -22,13 +22,14 @@ _Curve = Mapping[ir.Node, float]
 
 @dataclass(frozen=True)
 class Flow:
-    """Trunk gradient (decades against its largest nearer the outputs, and against the last layer) and signal at every
-    cut.
+    """Trunk gradient (decades against its largest nearer the outputs, and against the last features), signal and spread
+    at every cut.
     """
 
     decades: Mapping[Evidence, _Curve]
     growth: Mapping[Evidence, _Curve]
     signal: Mapping[Evidence, _Curve]
+    spread: Mapping[Evidence, _Curve]
     blames: Mapping[ir.Value, tuple[Blame, ...]]
     layers: tuple[ir.Node, ...]
     trunk: frozenset[ir.Node]
@@ -44,12 +45,16 @@ class Flow:
         signals: dict[Evidence, dict[ir.Value, float]] = {
             "estimated": {v: s for v in names if (s := estimated_signal(estimate, v)) is not None}
         }
+        spreads: dict[Evidence, dict[ir.Value, float]] = {
+            "estimated": {v: estimate.moments[v].std for v in names if v in estimate.moments}
+        }
         if measured is not None:
             rows = {
                 values[n]: row for n, row in measured.values.items() if n in values and values[n] in estimate.varies
             }
             norms["measured"] = {v: row["grad_norm"] for v, row in rows.items() if "grad_norm" in row}
             signals["measured"] = {v: row["signal"] for v, row in rows.items() if "signal" in row}
+            spreads["measured"] = {v: row["output_std"] for v, row in rows.items() if "output_std" in row}
         falls: dict[Evidence, dict[ir.Node, float]] = {}
         growth: dict[Evidence, _Curve] = {}
         stem = _before_head(parts)
@@ -59,8 +64,7 @@ class Flow:
         for kind, figures in norms.items():
             curve = crossing(graph, figures)
             shown = {n: curve[n] for n in stem if n in curve}
-            last = next((g for g in shown.values() if g), 0.0)
-            last = max(last, cotangents[kind])
+            last = max(_last_features(shown, levels(graph)), cotangents[kind])
             growth[kind] = {n: decades(g, last) for n, g in shown.items()}
             falls[kind] = {}
             top = 0.0
@@ -71,13 +75,19 @@ class Flow:
         targets = [n.outputs[0] for n in parts.layers]
         blames = blame(graph, norms[best], estimate.edges, cotangents[best], targets)
         signal = {kind: crossing(graph, figures) for kind, figures in signals.items()}
-        return Flow(falls, growth, signal, blames, parts.layers, on_trunk(parts, norms[best]))
+        spread = {kind: crossing(graph, figures) for kind, figures in spreads.items()}
+        return Flow(falls, growth, signal, spread, blames, parts.layers, on_trunk(parts, norms[best]))
 
     def blame_of(self, node: ir.Node) -> tuple[Blame, ...]:
         return self.blames.get(node.outputs[0], ())
 
     def at(self, node: ir.Node, kind: Evidence) -> dict[str, float]:
-        curves = {"trunk_decades": self.decades, "trunk_growth": self.growth, "trunk_signal": self.signal}
+        curves = {
+            "trunk_decades": self.decades,
+            "trunk_growth": self.growth,
+            "trunk_signal": self.signal,
+            "trunk_std": self.spread,
+        }
         return {name: curve[kind][node] for name, curve in curves.items() if node in curve.get(kind, {})}
 
     def model_facts(self) -> dict[Evidence, dict[str, float]]:
@@ -97,6 +107,12 @@ def _before_head(parts: Anatomy) -> list[ir.Node]:
     level = levels(parts.graph)
     end = max((level[n] for n in parts.layers if n in parts.weighted), default=-1)
     return sorted((n for n in parts.layers if level[n] <= end), key=lambda n: -level[n])
+
+
+def _last_features(curve: _Curve, level: Mapping[ir.Node, int]) -> float:
+    """The trunk's gradient where the deepest layer reads it: what that layer's own scale does, it does to all alike."""
+    deepest = max((level[n] for n in curve), default=0)
+    return next((g for n, g in curve.items() if level[n] < deepest), 0.0)
 
 
 def decades(figure: float, reference: float) -> float:

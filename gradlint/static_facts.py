@@ -73,7 +73,6 @@ def static_facts(
         *attention_subjects(parts, found, around, estimate, measured, ctx.array),
     ]
     model: dict[str, Fact] = {
-        "zero_head": bool(zeros.heads),
         "residual_additions": sum("residual_index" in facts for facts in layers.values()),
         "trained_share": trained_share(list(weights.values())),
         "precision": _precision(parts),

@@ -4,9 +4,9 @@
     python benchmarks/architectures.py train LIST DIR           train each of them briefly
     python benchmarks/architectures.py judge LIST DIR GRADLINT  run gradlint, print the tables
 
-LIST: lines of `kind name`, kind `timm` or `hf`. Needs torch, timm and transformers; names of twins behind the others
-restrict a step to them. Each step leaves a file per network in DIR and goes on where it stopped. Models are exported in
-eval mode with their BatchNormalization kept; gradlint judges them in train mode, with batch statistics. Nothing is drawn
+LIST: lines of `kind name`, kind `timm` or `hf`. Needs torch, timm and transformers; names of twins at the end
+restrict a step to them. Each step leaves a file per network in DIR and goes on where it stopped. Models are exported
+in eval mode with their BatchNormalization kept; gradlint judges them in train mode, with batch statistics. Nothing is drawn
 anew: zero-initialised heads and residual scales stay.
 """
 
@@ -26,7 +26,7 @@ from unittest.mock import MagicMock
 
 warnings.filterwarnings("ignore")
 SIDE, BATCH, CLASSES, TOKENS, WORDS = 64, 8, 4, 32, 512
-RATES, STEPS = (0.1, 0.01, 0.001), 120
+RATES, STEPS = (0.3, 0.03, 0.003), 150
 TWINS = ("default", "sigmoid", "x0.1", "x10", "no-skip", "no-norm")
 
 
@@ -134,7 +134,7 @@ def batch(kind, generator):
     classes = torch.randint(0, CLASSES, (BATCH,), generator=generator)
     if kind == "hf":
         words = torch.randint(0, WORDS, (BATCH, TOKENS), generator=generator)
-        theirs = torch.rand(words.shape, generator=generator) < 0.5
+        theirs = torch.rand(words.shape, generator=generator) < 0.9
         return torch.where(theirs, words // CLASSES + (WORDS // CLASSES) * classes[:, None], words), classes
     patterns = torch.randn(CLASSES, 3, 4, 4, generator=torch.Generator().manual_seed(7))
     patterns = torch.nn.functional.interpolate(patterns, SIDE, mode="bicubic")

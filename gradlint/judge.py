@@ -61,11 +61,13 @@ class _Hit:
 
 @dataclass(frozen=True)
 class _Placed:
-    """A finding with the rule and the graph position it came from."""
+    """A finding with the rule and the graph positions it came from: the worst, the first and the last."""
 
     finding: Finding
     rule: Rule
     order: int
+    first: int
+    last: int
 
 
 def judge(
@@ -235,7 +237,7 @@ def _finding(rule: Rule, group: list[_Hit], fingerprint: str) -> _Placed:
         source=subject.source,
         fingerprint=fingerprint,
     )
-    return _Placed(finding, rule, subject.order)
+    return _Placed(finding, rule, subject.order, group[0].subject.order, group[-1].subject.order)
 
 
 def _fingerprint(rule: Rule, group: list[_Hit], scope: Sequence[Subject], identities: Mapping[str, str]) -> str:
@@ -292,11 +294,16 @@ def _name(subject: Subject) -> str:
 
 
 def _point_to_causes(placed: list[_Placed]) -> list[_Placed]:
-    """A finding that an error of another rule explains, and that lies upstream of it, says so."""
+    """A finding that an error of another rule explains, and that begins no further down than it ends, says so.
+
+    Causes that have a cause themselves give way to it.
+    """
     causes = [item for item in placed if item.finding.level == "error" and item.rule.explains]
     pointed = []
     for item in placed:
-        cause = next((c for c in causes if item.rule.name in c.rule.explains and item.order <= c.order), None)
+        cause = _cause(item, causes)
+        for _ in causes if cause else ():
+            cause = _cause(cause, causes) or cause
         if cause is not None:
             place = cause.finding.layer or "the model"
             finding = replace(
@@ -307,3 +314,7 @@ def _point_to_causes(placed: list[_Placed]) -> list[_Placed]:
             item = replace(item, finding=finding)
         pointed.append(item)
     return pointed
+
+
+def _cause(item: _Placed, causes: Sequence[_Placed]) -> _Placed | None:
+    return next((c for c in causes if item.rule.name in c.rule.explains and item.first <= c.last), None)

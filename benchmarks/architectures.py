@@ -4,9 +4,9 @@
     python benchmarks/architectures.py train LIST DIR           train each of them briefly
     python benchmarks/architectures.py judge LIST DIR GRADLINT  run gradlint, print the tables
 
-LIST: lines of `kind name`, kind `timm` or `hf`. Needs torch, timm and transformers; names of twins at the end
-restrict a step to them. Each step leaves a file per network in DIR and goes on where it stopped. Models are exported
-in eval mode with their BatchNormalization kept; gradlint judges them in train mode, with batch statistics. Nothing is drawn
+LIST: lines of `kind name`, kind `timm` or `hf`. Needs torch, timm and transformers. Names of twins at the end restrict
+a step to them. Each step leaves a file per network in DIR and goes on where it stopped. Models are exported in eval
+mode with their BatchNormalization kept; gradlint judges them in train mode, with batch statistics. Nothing is drawn
 anew: zero-initialised heads and residual scales stay.
 """
 
@@ -128,14 +128,14 @@ def transformer(name):
 
 
 def batch(kind, generator):
-    """Inputs of CLASSES kinds, in noise, and which they are: smooth patterns, or texts of a fourth of the words."""
+    """Inputs of CLASSES kinds, in noise, and which they are: smooth patterns, or texts of words of their own."""
     import torch
 
     classes = torch.randint(0, CLASSES, (BATCH,), generator=generator)
     if kind == "hf":
-        words = torch.randint(0, WORDS, (BATCH, TOKENS), generator=generator)
+        words = torch.randint(0, 4 * CLASSES, (BATCH, TOKENS), generator=generator)
         theirs = torch.rand(words.shape, generator=generator) < 0.9
-        return torch.where(theirs, words // CLASSES + (WORDS // CLASSES) * classes[:, None], words), classes
+        return torch.where(theirs, words // CLASSES + 4 * classes[:, None], words), classes
     patterns = torch.randn(CLASSES, 3, 4, 4, generator=torch.Generator().manual_seed(7))
     patterns = torch.nn.functional.interpolate(patterns, SIDE, mode="bicubic")
     return patterns[classes] + torch.randn(BATCH, 3, SIDE, SIDE, generator=generator), classes

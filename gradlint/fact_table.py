@@ -122,6 +122,7 @@ _MODEL = (
         "estimated measured",
         ("trunk_min_decades", "decades", "the least `trunk_decades` of all layers"),
         ("trunk_max_decades", "decades", "the largest `trunk_growth` of all layers"),
+        ("head_growth", "decades", "trunk gradient at the last features / at the outputs, where it grows; else 0"),
         ("learning_spread", "decades", "log10 of largest to smallest grad_rms / weight_rms over trunk kernels"),
     )
     + _evident(
@@ -191,7 +192,7 @@ _LAYER = (
         ("grad_rms", "per example", "root mean square of the gradient of the output (scope weight: of this weight)"),
         ("gain", "decades", "grad_norm at the input / at the output of this node"),
         ("trunk_decades", "decades", "trunk gradient (L2 norm) at this cut / the trunk's largest: 0 or below"),
-        ("trunk_growth", "decades", "trunk gradient at this cut / that of the last features; inf = not finite"),
+        ("trunk_growth", "decades", "trunk gradient at this cut / that nearest the outputs; inf = not finite"),
         ("trunk_std", "data units", "the largest `output_std` of the values that cross this cut of the graph"),
         ("variance_ratio", "ratio", "variance of the output / of the first layer's output"),
         ("residual_growth", "ratio", "variance behind this residual addition / behind the first one"),

@@ -12,24 +12,26 @@ import onnx_ir as ir
 from gradlint.anatomy import Anatomy
 from gradlint.derived_facts import on_trunk
 from gradlint.estimate import Estimate
-from gradlint.graph import is_float
+from gradlint.graph import MOVES, is_float, op
 from gradlint.probe import Probe
 from gradlint.results import Blame, Evidence
 from gradlint.trunk import blame, crossing, levels
 
 _Curve = Mapping[ir.Node, float]
+_CARRIERS = MOVES | {"Gather"}
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Trunk gradient (decades against its largest nearer the outputs, and against the last features), signal and spread
-    at every cut.
+    """Trunk gradient (decades against its largest nearer the outputs, and against the last layer), signal and spread at
+    every cut; and how much the gradient grows over the head alone.
     """
 
     decades: Mapping[Evidence, _Curve]
     growth: Mapping[Evidence, _Curve]
     signal: Mapping[Evidence, _Curve]
     spread: Mapping[Evidence, _Curve]
+    head_growth: Mapping[Evidence, float]
     blames: Mapping[ir.Value, tuple[Blame, ...]]
     layers: tuple[ir.Node, ...]
     trunk: frozenset[ir.Node]
@@ -52,11 +54,12 @@ class Flow:
             rows = {
                 values[n]: row for n, row in measured.values.items() if n in values and values[n] in estimate.varies
             }
-            norms["measured"] = {v: row["grad_norm"] for v, row in rows.items() if "grad_norm" in row}
-            signals["measured"] = {v: row["signal"] for v, row in rows.items() if "signal" in row}
-            spreads["measured"] = {v: row["output_std"] for v, row in rows.items() if "output_std" in row}
+            norms["measured"] = _carried(graph, {v: r["grad_norm"] for v, r in rows.items() if "grad_norm" in r})
+            signals["measured"] = _carried(graph, {v: row["signal"] for v, row in rows.items() if "signal" in row})
+            spreads["measured"] = _carried(graph, {v: r["output_std"] for v, r in rows.items() if "output_std" in r})
         falls: dict[Evidence, dict[ir.Node, float]] = {}
         growth: dict[Evidence, _Curve] = {}
+        head_growth: dict[Evidence, float] = {}
         stem = _before_head(parts)
         cotangents: dict[Evidence, float] = {"estimated": cotangent_norm(graph, estimate)}
         if measured is not None:
@@ -64,8 +67,11 @@ class Flow:
         for kind, figures in norms.items():
             curve = crossing(graph, figures)
             shown = {n: curve[n] for n in stem if n in curve}
-            last = max(_last_features(shown, levels(graph)), cotangents[kind])
+            last = next((g for g in shown.values() if g), 0.0)
+            last = max(last, cotangents[kind])
             growth[kind] = {n: decades(g, last) for n, g in shown.items()}
+            head = decades(_last_features(shown, levels(graph)), last)
+            head_growth[kind] = head if 0 < head < math.inf else 0.0
             falls[kind] = {}
             top = 0.0
             for node, figure in shown.items():  # against the largest between here and the outputs
@@ -76,7 +82,7 @@ class Flow:
         blames = blame(graph, norms[best], estimate.edges, cotangents[best], targets)
         signal = {kind: crossing(graph, figures) for kind, figures in signals.items()}
         spread = {kind: crossing(graph, figures) for kind, figures in spreads.items()}
-        return Flow(falls, growth, signal, spread, blames, parts.layers, on_trunk(parts, norms[best]))
+        return Flow(falls, growth, signal, spread, head_growth, blames, parts.layers, on_trunk(parts, norms[best]))
 
     def blame_of(self, node: ir.Node) -> tuple[Blame, ...]:
         return self.blames.get(node.outputs[0], ())
@@ -96,6 +102,7 @@ class Flow:
             if self.decades[kind]:
                 found[kind]["trunk_min_decades"] = min(self.decades[kind].values())
                 found[kind]["trunk_max_decades"] = max(self.growth[kind].values())
+                found[kind]["head_growth"] = self.head_growth[kind]
         return found
 
 
@@ -109,8 +116,20 @@ def _before_head(parts: Anatomy) -> list[ir.Node]:
     return sorted((n for n in parts.layers if level[n] <= end), key=lambda n: -level[n])
 
 
+def _carried(graph: ir.Graph, figures: Mapping[ir.Value, float]) -> dict[ir.Value, float]:
+    """With the values that hold elements of a measured one, which the probe leaves out: they cross cuts in its stead.
+
+    Beside the weights of an attention, which hardly differ between examples, its values cross, transposed.
+    """
+    found = dict(figures)
+    for node in graph:
+        if op(node) in _CARRIERS and node.inputs[0] in found:
+            found |= {o: found[node.inputs[0]] for o in node.outputs if o not in found}
+    return found
+
+
 def _last_features(curve: _Curve, level: Mapping[ir.Node, int]) -> float:
-    """The trunk's gradient where the deepest layer reads it: what that layer's own scale does, it does to all alike."""
+    """The trunk's gradient where the deepest layer reads it: what that layer does to it, it does to all others alike."""
     deepest = max((level[n] for n in curve), default=0)
     return next((g for n, g in curve.items() if level[n] < deepest), 0.0)
 

@@ -120,3 +120,15 @@ def conv1d(length: int) -> onnx.ModelProto:
 
 def test_the_width_of_a_convolution_over_a_sequence_is_that_of_its_channels() -> None:
     assert gradlint.check(conv1d(2), select=("narrow-deep-relu",)).findings == ()
+
+
+def test_a_large_head_is_no_exploding_chain() -> None:
+    model = mlp(depth=4, gain=1.414)
+    head = next(w for w in model.graph.initializer if w.name == "head.weight")
+    head.CopyFrom(onnx.numpy_helper.from_array(1e5 * onnx.numpy_helper.to_array(head), head.name))
+    assert not gradlint.check(model, select=("exploding-gradient",)).findings
+
+
+@pytest.mark.parametrize("probe", [True, False])
+def test_values_carry_the_signal_past_the_weights_of_an_attention(probe: bool) -> None:
+    assert not gradlint.check(transformer(depth=2, skip=False), select=("signal-collapse",), probe=probe).findings

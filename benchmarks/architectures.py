@@ -168,7 +168,8 @@ def sabotaged(net, twin, inputs):
 
 
 def kernels(net):
-    return [m.weight for m in net.modules() if re.fullmatch(r"\w*(Linear|Conv[12]d\w*|Conv1D)", type(m).__name__)]
+    kinds = re.compile(r"\w*(Linear|Conv[12]d\w*|Conv1D)")
+    return [m.weight for m in net.modules() if kinds.fullmatch(type(m).__name__) and hasattr(m, "weight")]
 
 
 def replaced(net, pattern, other):

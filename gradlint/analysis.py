@@ -147,8 +147,10 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     rejected = bool(sizes) and getattr(probed, "rejected", False)
     described = tuple(_described(v) for v in inputs)
     times = (loaded - began, estimated - loaded)
-    before = (lengths, disconnected, zero_head)
-    return _Examined(source, described, tuple(assumed), parts, guess, proof, probed, origin, rejected, *times, *before)
+    before = (lengths, disconnected)
+    return _Examined(
+        source, described, tuple(assumed), parts, guess, proof, probed, origin, rejected, *times, *before, zero_head
+    )
 
 
 def _sizes(value: ir.Value, array: np.ndarray) -> tuple[int, ...]:

@@ -176,6 +176,7 @@ _LAYER = (
         ("running_var_min", "data units^2", "least running variance of a BatchNormalization"),
         ("norm_eps", "data units^2", "epsilon of a normalisation"),
         ("norm_scale_max", "factor", "largest |gamma| / sqrt(running_var + eps) of a BatchNormalization"),
+        ("scale_max", "factor", "largest |element| of what a normalisation or a Mul multiplies each unit with"),
         ("gamma_near_zero", "share", "channels with |gamma| < 1e-6"),
         ("ends_residual", "yes/no", "a normalisation whose output goes straight into a residual Add"),
         ("post_norm_blocks", "count", "normalisations behind a residual Add, from the input up to here"),

@@ -129,7 +129,7 @@ def _carried(graph: ir.Graph, figures: Mapping[ir.Value, float]) -> dict[ir.Valu
 
 
 def _last_features(curve: _Curve, level: Mapping[ir.Node, int]) -> float:
-    """The trunk's gradient where the deepest layer reads it: what that layer does to it, it does to all others alike."""
+    """The trunk's gradient where the deepest layer reads it: what that layer does to it, it does to all alike."""
     deepest = max((level[n] for n in curve), default=0)
     return next((g for n, g in curve.items() if level[n] < deepest), 0.0)
 

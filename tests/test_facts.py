@@ -129,6 +129,14 @@ def test_a_large_head_is_no_exploding_chain() -> None:
     assert not gradlint.check(model, select=("exploding-gradient",)).findings
 
 
-@pytest.mark.parametrize("probe", [True, False])
-def test_values_carry_the_signal_past_the_weights_of_an_attention(probe: bool) -> None:
-    assert not gradlint.check(transformer(depth=2, skip=False), select=("signal-collapse",), probe=probe).findings
+def test_values_carry_the_signal_past_the_weights_of_an_attention() -> None:
+    model = transformer(depth=2, skip=False, query_gain=1e-4)  # weights that hardly differ between examples
+    for node in [n for n in model.graph.node if n.name.endswith(".value")]:
+        there, moved = f"{node.output[0]}.moved", f"{node.output[0]}.there"
+        back = onnx.helper.make_node("Transpose", [there], [node.output[0]], f"{node.name}.back", perm=[0, 2, 1])
+        away = onnx.helper.make_node("Transpose", [moved], [there], f"{node.name}.away", perm=[0, 2, 1])
+        node.output[0] = moved
+        at = list(model.graph.node).index(node)
+        model.graph.node.insert(at + 1, back)
+        model.graph.node.insert(at + 1, away)
+    assert gradlint.check(model).summary.risk < 0.25

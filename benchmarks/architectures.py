@@ -28,6 +28,7 @@ warnings.filterwarnings("ignore")
 SIDE, BATCH, CLASSES, TOKENS, WORDS = 64, 8, 4, 32, 512
 RATES, STEPS = (0.3, 0.03, 0.003), 150
 TWINS = ("default", "sigmoid", "x0.1", "x10", "no-skip", "no-norm")
+TWINS += ("x10+no-norm", "no-norm+no-skip", "sigmoid+no-norm+no-skip")  # what is robust to one of them
 
 
 # -- architectures -----------------------------------------------------------------------------------------------------
@@ -151,20 +152,21 @@ def sabotaged(net, twin, inputs):
     """The network with what `twin` names changed or taken away; None where there is nothing to take."""
     import torch
 
-    if twin == "sigmoid":
-        changed = replaced(net, ACTIVATION, lambda module: torch.nn.Sigmoid())
-    elif twin == "no-norm":
-        changed = replaced(net, NORM, lambda module: getattr(module, "act", None) or torch.nn.Identity())
-    elif twin == "no-skip":
-        net, changed = without_skips(net, inputs)
-    elif twin == "default":
+    for part in twin.split("+"):
         changed = 1
-    else:
-        changed = 1
-        with torch.no_grad():
-            for kernel in {id(k): k for k in kernels(net)}.values():
-                kernel.mul_(float(twin[1:]))
-    return net if changed else None
+        if part == "sigmoid":
+            changed = replaced(net, ACTIVATION, lambda module: torch.nn.Sigmoid())
+        elif part == "no-norm":
+            changed = replaced(net, NORM, lambda module: getattr(module, "act", None) or torch.nn.Identity())
+        elif part == "no-skip":
+            net, changed = without_skips(net, inputs)
+        elif part != "default":
+            with torch.no_grad():
+                for kernel in {id(k): k for k in kernels(net)}.values():
+                    kernel.mul_(float(part[1:]))
+        if not changed:
+            return None
+    return net
 
 
 def kernels(net):
@@ -281,18 +283,19 @@ ACTIVATIONS = {"relu", "leaky-relu", "elu", "gelu", "swish", "tanh", "selu", "pr
 
 
 def names_cause(twin, finding):
-    """Whether the fix a finding puts first undoes the sabotage."""
+    """Whether the fix a finding puts first undoes (a part of) the sabotage."""
     if not finding["fixes"]:
         return False
     name, text = finding["fixes"][0]["name"], finding["fixes"][0]["text"]
     factor = re.search(r"[Mm]ultiply .* by ([\d.e+-]+\d)", text)
-    return {
+    named = {
         "sigmoid": name in ACTIVATIONS and "Sigmoid" in text,
         "x0.1": name in INIT and factor is not None and float(factor[1]) > 1,
         "x10": name in INIT and factor is not None and float(factor[1]) < 1,
         "no-skip": name == "skip-connections",
         "no-norm": name in ("batch-norm", "layer-norm"),
-    }[twin]
+    }
+    return any(named[part] for part in twin.split("+"))
 
 
 def report(path, gradlint, *flags):
@@ -316,7 +319,7 @@ def judge(listing, folder, gradlint, *twins):
 
 
 def row(name, twin, path, gradlint):
-    words = [f"{name[:22]:22s} {twin:8s}"]
+    words = [f"{name[:22]:22s} {twin:23s}"]
     labels = path.with_suffix(".train.json")
     right = max(json.loads(labels.read_text()).values()) if labels.exists() else None
     words.append("     " if right is None else "TRAIN" if right > 0.9 else "stuck" if right < 0.5 else "slow ")

@@ -301,9 +301,7 @@ def _point_to_causes(placed: list[_Placed]) -> list[_Placed]:
     causes = [item for item in placed if item.finding.level == "error" and item.rule.explains]
     pointed = []
     for item in placed:
-        cause = _cause(item, causes)
-        for _ in causes if cause else ():
-            cause = _cause(cause, causes) or cause
+        cause = _root(item, causes)
         if cause is not None:
             place = cause.finding.layer or "the model"
             finding = replace(
@@ -316,5 +314,13 @@ def _point_to_causes(placed: list[_Placed]) -> list[_Placed]:
     return pointed
 
 
-def _cause(item: _Placed, causes: Sequence[_Placed]) -> _Placed | None:
-    return next((c for c in causes if item.rule.name in c.rule.explains and item.first <= c.last), None)
+def _root(item: _Placed, causes: Sequence[_Placed]) -> _Placed | None:
+    """The cause that has none itself; `causes` bounds the way where pages explain each other in a circle."""
+    found = None
+    for _ in causes:
+        name, first = (found or item).rule.name, (found or item).first
+        deeper = next((c for c in causes if name in c.rule.explains and first <= c.last), None)
+        if deeper is None:
+            break
+        found = deeper
+    return found

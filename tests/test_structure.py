@@ -209,6 +209,18 @@ def test_softmax_between_layers_is_hidden_and_that_of_attention_is_not() -> None
     assert {f["hidden_softmax"] for f in found.values() if "hidden_softmax" in f} == {False}
 
 
+def test_softmax_over_keys_whose_heads_are_mixed_is_not_hidden() -> None:
+    found = facts_of(
+        text(
+            "p = Softmax<axis = -1>(x) t = Transpose<perm = [0, 2, 1]>(p) m = MatMul(t, w0) y = MatMul(m, w1)",
+            "",
+            "float[N, 5, 8] y",
+            "float[N, 8, 5] x",
+        )
+    )
+    assert found["p"]["hidden_softmax"] is False
+
+
 def test_branch_without_the_input_is_constant() -> None:
     found = facts_of(text("c = MatMul(w1, w2) a = MatMul(x, w0) y = MatMul(a, c)"))
     assert found["c"]["constant_branch"] is True

@@ -51,7 +51,8 @@ def choose_fixes(names: Sequence[str], subject: Subject, span: tuple[str, str] |
 
     `span` names the first and last layer where the finding is about several.
     """
-    cause = main_cause(subject.blame) if abs(_change(subject)) >= _MARKED else None
+    chain = subject.scope != "activation"  # a rule about an activation has named the cause itself
+    cause = main_cause(subject.blame) if chain and abs(_change(subject)) >= _MARKED else None
     ordered = sorted(names, key=lambda name: REMEDIES[name].treats != cause)
     return tuple(Fix(name, write_fix(name, subject, span)) for name in ordered if _applies(name, subject))
 

@@ -70,6 +70,8 @@ def _applies(name: str, subject: Subject) -> bool:
         return facts.get("follows_norm") is not True and facts.get("before_norm") is not True
     if name == "skip-connections":
         return facts.get("has_skip") is not True
+    if name == "repair-weights":
+        return facts.get("non_finite") != 0
     if name == "residual-scale":
         return facts.get("residual_additions") != 0
     if name in ("scale-init", *VARIANCES):

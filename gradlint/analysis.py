@@ -31,7 +31,7 @@ from gradlint.load import Source, from_proto, read, source
 from gradlint.options import Options
 from gradlint.pictures import pictured
 from gradlint.probe import Probe, Skipped, probe
-from gradlint.reach import disconnected_subjects
+from gradlint.reach import disconnected_subjects, draw_zero_heads
 from gradlint.recurrent_facts import unknown_lengths
 from gradlint.results import LEVELS, Coverage, ModelInfo, Report, Settings, Summary
 from gradlint.risk import risk
@@ -58,6 +58,7 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
     graph = source.model.graph
     stage = options.stage or guess_stage(parts.uses)
     model_facts = _model_facts(graph, parts, guess, probed, options, stage)
+    model_facts["zero_head"] = seen.zero_head
     facts = gather(parts, guess, proof, probed, options, model_facts, seen.lengths, seen.disconnected)
     score = risk(facts)
     found = judge(
@@ -117,6 +118,7 @@ class _Examined:
     estimate_s: float
     lengths: frozenset[str]
     disconnected: tuple[Subject, ...]
+    zero_head: bool
 
 
 def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, passed_over: int) -> _Examined:
@@ -134,9 +136,10 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     sizes = canonicalize(source.model, bound, source.path)
     split_merged(source.model)
     locate_sources(graph, options.source_root)
+    parts = anatomy(graph)
+    zero_head = draw_zero_heads(parts, options.seed)
     assumed = [*sizes, *(f"{n} = {a.item()}" for n, a in settings.items() if n not in options.values)]
     loaded = time.perf_counter()
-    parts = anatomy(graph)
     guess = _estimate(graph, options, data, assumed)
     proof = prove(graph, _ranges(graph, options), batch=guess.batch, mode=options.mode)
     estimated = time.perf_counter()
@@ -145,7 +148,9 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     described = tuple(_described(v) for v in inputs)
     times = (loaded - began, estimated - loaded)
     before = (lengths, disconnected)
-    return _Examined(source, described, tuple(assumed), parts, guess, proof, probed, origin, rejected, *times, *before)
+    return _Examined(
+        source, described, tuple(assumed), parts, guess, proof, probed, origin, rejected, *times, *before, zero_head
+    )
 
 
 def _sizes(value: ir.Value, array: np.ndarray) -> tuple[int, ...]:

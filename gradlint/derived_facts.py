@@ -18,6 +18,7 @@ from gradlint.trunk import crossing
 
 Figures = dict[Evidence, dict[str, float]]
 _KINDS: tuple[Evidence, ...] = ("estimated", "measured")
+_MOSTLY = 0.95  # a kernel whose elements are near zero to a larger share starts at zero
 _REACH = 4.0  # standard deviations an estimated range extends to
 _POLE_EVIDENCE: dict[str, Evidence] = {
     "pole_derivative": "estimated",
@@ -75,13 +76,17 @@ def fp16_underflow(grad_rms: float | None) -> float | None:
 
 
 def learning_spread(weights: Iterable[Subject], trunk: frozenset[str], kind: Evidence) -> float | None:
-    """log10 of the largest to the smallest gradient / weight, over the kernels of layers on the trunk (by name)."""
+    """log10 of the largest to the smallest gradient / weight, over the kernels of layers on the trunk (by name).
+
+    Kernels that start at as good as zero (spatial gates at 1e-6) grow by their first steps, and have no ratio to keep.
+    """
     ratios = [
         float(grad) / float(rms)
         for s in weights
         if s.layer in trunk
         and s.facts.get("role") in ("kernel", "recurrent")
         and not s.facts.get("is_structural_zero")
+        and float(s.facts.get("near_zero_share") or 0.0) <= _MOSTLY
         and isinstance(grad := s.facts.get(f"{kind}_grad_rms"), float)
         and isinstance(rms := s.facts.get("weight_rms"), float)
         and grad > 0

@@ -123,6 +123,7 @@ _MODEL = (
         ("trunk_min_decades", "decades", "the least `trunk_decades` of all layers"),
         ("trunk_max_decades", "decades", "the largest `trunk_growth` of all layers"),
         ("nonlinearity", "decades", "largest nonlinearity coefficient of all layers: how far the map is from linear"),
+        ("head_growth", "decades", "trunk gradient at the last features / at the outputs, where it grows; else 0"),
         ("learning_spread", "decades", "log10 of largest to smallest grad_rms / weight_rms over trunk kernels"),
     )
     + _evident(
@@ -176,6 +177,7 @@ _LAYER = (
         ("running_var_min", "data units^2", "least running variance of a BatchNormalization"),
         ("norm_eps", "data units^2", "epsilon of a normalisation"),
         ("norm_scale_max", "factor", "largest |gamma| / sqrt(running_var + eps) of a BatchNormalization"),
+        ("scale_max", "factor", "largest |element| of what a normalisation or a Mul multiplies each unit with"),
         ("gamma_near_zero", "share", "channels with |gamma| < 1e-6"),
         ("ends_residual", "yes/no", "a normalisation whose output goes straight into a residual Add"),
         ("post_norm_blocks", "count", "normalisations behind a residual Add, from the input up to here"),
@@ -193,6 +195,7 @@ _LAYER = (
         ("gain", "decades", "grad_norm at the input / at the output of this node"),
         ("trunk_decades", "decades", "trunk gradient (L2 norm) at this cut / the trunk's largest: 0 or below"),
         ("trunk_growth", "decades", "trunk gradient at this cut / that nearest the outputs; inf = not finite"),
+        ("trunk_std", "data units", "the largest `output_std` of the values that cross this cut of the graph"),
         ("variance_ratio", "ratio", "variance of the output / of the first layer's output"),
         ("residual_growth", "ratio", "variance behind this residual addition / behind the first one"),
     )

@@ -52,7 +52,8 @@ def choose_fixes(names: Sequence[str], subject: Subject, span: tuple[str, str] |
 
     `span` names the first and last layer where the finding is about several.
     """
-    cause = main_cause(subject.blame) if abs(_change(subject)) >= _MARKED else None
+    chain = subject.scope != "activation"  # a rule about an activation has named the cause itself
+    cause = main_cause(subject.blame) if chain and abs(_change(subject)) >= _MARKED else None
     ordered = sorted(names, key=lambda name: REMEDIES[name].treats != cause)
     return tuple(Fix(name, write_fix(name, subject, span)) for name in ordered if _applies(name, subject))
 
@@ -72,6 +73,8 @@ def _applies(name: str, subject: Subject) -> bool:
         return facts.get("follows_norm") is not True and facts.get("before_norm") is not True
     if name == "skip-connections":
         return facts.get("has_skip") is not True
+    if name == "repair-weights":
+        return facts.get("non_finite") != 0
     if name == "residual-scale":
         return facts.get("residual_additions") != 0
     if name in ("scale-init", *VARIANCES):

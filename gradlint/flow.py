@@ -12,24 +12,27 @@ import onnx_ir as ir
 from gradlint.anatomy import Anatomy
 from gradlint.derived_facts import on_trunk
 from gradlint.estimate import Estimate
-from gradlint.graph import is_float, main_output
+from gradlint.graph import MOVES, is_float, main_output, op
 from gradlint.probe import Probe
 from gradlint.results import Blame, Evidence
 from gradlint.trunk import blame, crossing, levels
 
 _Curve = Mapping[ir.Node, float]
+_CARRIERS = MOVES | {"Gather"}
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Trunk gradient (decades against its largest nearer the outputs, and against the last layer), signal and
-    nonlinearity (`nonlinearity`) at every cut.
+    """Trunk gradient (decades against its largest nearer the outputs, and against the last layer), signal, standard
+    deviation and nonlinearity (`nonlinearity`) at every cut; and how much the gradient grows over the head alone.
     """
 
     decades: Mapping[Evidence, _Curve]
     growth: Mapping[Evidence, _Curve]
     signal: Mapping[Evidence, _Curve]
+    std: Mapping[Evidence, _Curve]
     nonlinearity: Mapping[Evidence, _Curve]
+    head_growth: Mapping[Evidence, float]
     blames: Mapping[ir.Value, tuple[Blame, ...]]
     layers: tuple[ir.Node, ...]
     trunk: frozenset[ir.Node]
@@ -48,18 +51,24 @@ class Flow:
         spreads: dict[Evidence, dict[ir.Value, float]] = {
             "estimated": {v: s * math.sqrt(_second(estimate, v)) for v, s in signals["estimated"].items()}
         }
+        stds: dict[Evidence, dict[ir.Value, float]] = {
+            "estimated": {v: estimate.moments[v].std for v in names if v in estimate.moments}
+        }
         if measured is not None:
             rows = {
                 values[n]: row for n, row in measured.values.items() if n in values and values[n] in estimate.varies
             }
-            norms["measured"] = {v: row["grad_norm"] for v, row in rows.items() if "grad_norm" in row}
-            signals["measured"] = {v: row["signal"] for v, row in rows.items() if "signal" in row}
+            norms["measured"] = _carried(graph, {v: r["grad_norm"] for v, r in rows.items() if "grad_norm" in r})
+            signals["measured"] = _carried(graph, {v: r["signal"] for v, r in rows.items() if "signal" in r})
+            stds["measured"] = _carried(graph, {v: r["output_std"] for v, r in rows.items() if "output_std" in r})
             spreads["measured"] = {
-                v: signal * math.hypot(rows[v]["output_mean"], rows[v]["output_std"])
-                for v, signal in signals["measured"].items()
+                v: row["signal"] * math.hypot(row["output_mean"], row["output_std"])
+                for v, row in rows.items()
+                if "signal" in row
             }
         falls: dict[Evidence, dict[ir.Node, float]] = {}
         growth: dict[Evidence, _Curve] = {}
+        head_growth: dict[Evidence, float] = {}
         stem = _before_head(parts)
         cotangents: dict[Evidence, float] = {"estimated": cotangent_norm(graph, estimate)}
         if measured is not None:
@@ -70,6 +79,8 @@ class Flow:
             last = next((g for g in shown.values() if g), 0.0)
             last = max(last, cotangents[kind])
             growth[kind] = {n: decades(g, last) for n, g in shown.items()}
+            head = decades(_last_features(shown, levels(graph)), last)
+            head_growth[kind] = head if 0 < head < math.inf else 0.0
             falls[kind] = {}
             top = 0.0
             for node, figure in shown.items():  # against the largest between here and the outputs
@@ -80,13 +91,20 @@ class Flow:
         blames = blame(graph, norms[best], estimate.edges, cotangents[best], targets)
         signal = {kind: crossing(graph, figures) for kind, figures in signals.items()}
         bent = {kind: nonlinearity(graph, stem, norms[kind], spreads[kind]) for kind in norms}
-        return Flow(falls, growth, signal, bent, blames, parts.layers, on_trunk(parts, norms[best]))
+        std = {kind: crossing(graph, figures) for kind, figures in stds.items()}
+        trunk = on_trunk(parts, norms[best])
+        return Flow(falls, growth, signal, std, bent, head_growth, blames, parts.layers, trunk)
 
     def blame_of(self, node: ir.Node) -> tuple[Blame, ...]:
         return self.blames.get(main_output(node), ())
 
     def at(self, node: ir.Node, kind: Evidence) -> dict[str, float]:
-        curves = {"trunk_decades": self.decades, "trunk_growth": self.growth, "trunk_signal": self.signal}
+        curves = {
+            "trunk_decades": self.decades,
+            "trunk_growth": self.growth,
+            "trunk_signal": self.signal,
+            "trunk_std": self.std,
+        }
         return {name: curve[kind][node] for name, curve in curves.items() if node in curve.get(kind, {})}
 
     def model_facts(self) -> dict[Evidence, dict[str, float]]:
@@ -95,6 +113,7 @@ class Flow:
             if self.decades[kind]:
                 found[kind]["trunk_min_decades"] = min(self.decades[kind].values())
                 found[kind]["trunk_max_decades"] = max(self.growth[kind].values())
+                found[kind]["head_growth"] = self.head_growth[kind]
             if self.nonlinearity[kind]:
                 found[kind]["nonlinearity"] = max(self.nonlinearity[kind].values())
         return found
@@ -124,6 +143,24 @@ def _before_head(parts: Anatomy) -> list[ir.Node]:
     level = levels(parts.graph)
     end = max((level[n] for n in parts.layers if n in parts.weighted), default=-1)
     return sorted((n for n in parts.layers if level[n] <= end), key=lambda n: -level[n])
+
+
+def _carried(graph: ir.Graph, figures: Mapping[ir.Value, float]) -> dict[ir.Value, float]:
+    """With the values that hold elements of a measured one, which the probe leaves out: they cross cuts in its stead.
+
+    Beside the weights of an attention, which hardly differ between examples, its values cross, transposed.
+    """
+    found = dict(figures)
+    for node in graph:
+        if op(node) in _CARRIERS and node.inputs[0] in found:
+            found |= {o: found[node.inputs[0]] for o in node.outputs if o not in found}
+    return found
+
+
+def _last_features(curve: _Curve, level: Mapping[ir.Node, int]) -> float:
+    """The trunk's gradient where the deepest layer reads it: what that layer does to it, it does to all alike."""
+    deepest = max((level[n] for n in curve), default=0)
+    return next((g for n, g in curve.items() if level[n] < deepest), 0.0)
 
 
 def decades(figure: float, reference: float) -> float:

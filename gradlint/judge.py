@@ -323,10 +323,13 @@ def _name(subject: Subject) -> str:
 
 
 def _point_to_causes(placed: list[_Placed]) -> list[_Placed]:
-    """A finding that one of another rule, at least as severe, explains and reaches says so."""
+    """A finding that one of another rule, at least as severe, explains and reaches says so.
+
+    Causes that have a cause themselves give way to it.
+    """
     pointed = []
     for item in placed:
-        cause = next((other for other in placed if _explains(other, item)), None)
+        cause = _root(item, placed)
         if cause is not None:
             place = cause.finding.layer or "the model"
             finding = replace(
@@ -337,6 +340,17 @@ def _point_to_causes(placed: list[_Placed]) -> list[_Placed]:
             item = replace(item, finding=finding)
         pointed.append(item)
     return pointed
+
+
+def _root(item: _Placed, placed: Sequence[_Placed]) -> _Placed | None:
+    """The cause that has none itself; their number bounds the way where pages explain each other in a circle."""
+    found = None
+    for _ in placed:
+        deeper = next((other for other in placed if other is not item and _explains(other, found or item)), None)
+        if deeper is None:
+            break
+        found = deeper
+    return found
 
 
 def _explains(cause: _Placed, item: _Placed) -> bool:

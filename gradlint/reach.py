@@ -12,13 +12,14 @@ import gradlint.ops  # noqa: F401  (fills BLOCKED)
 from gradlint.anatomy import Anatomy
 from gradlint.attention_facts import Attention
 from gradlint.fact_table import Fact, Subject
-from gradlint.graph import MOVES, WeightUse, constant_array, is_float, op, trainable
+from gradlint.graph import MOVES, WeightUse, constant_array, dims, is_float, op, trainable
 from gradlint.patterns import array_behind, onward, rescaled
 from gradlint.structure import KERNEL_OPS, Bypasses
 from gradlint.transfer import BLOCKED
 
 _NORMS = frozenset({"BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization",
                     "RMSNormalization"})  # fmt: skip
+_HEAD = 0.01  # standard deviation of what stands in for a head of zeros
 _SCALE_ZERO = 1e-4  # a residual scale this small counts as zero: LayerScale starts at 1e-5 or 1e-6
 _SHAPES = frozenset({"Shape", "Size"})
 
@@ -30,21 +31,17 @@ Reads = Callable[[ir.Node, int], bool]
 
 @dataclass(frozen=True)
 class Zeros:
-    """`layers`: nodes whose output has no gradient because what follows multiplies it by zero; `heads`: last layers
-    whose weights are all zero; `weights`: uses whose gradient is zero, as (layer, input)."""
+    """`layers`: nodes whose output has no gradient because what follows multiplies it by zero; `weights`: uses whose
+    gradient is zero, as (layer, input)."""
 
     layers: frozenset[ir.Node]
-    heads: tuple[ir.Node, ...]
     weights: frozenset[tuple[ir.Node, int]]
 
 
 def structural_zeros(parts: Anatomy, around: Bypasses, attentions: Sequence[Attention], mode: str) -> Zeros:
-    """Gradients that are zero (or as good as) by construction, in healthy models: behind a residual scale of zero,
-    behind a zero head, and those of biases that what follows cancels."""
-    heads = zero_heads(parts)
-    zeroed = {(n, 0) for n in heads} | {
-        (n, k) for n in around.bypassed for k, v in enumerate(n.inputs) if is_float(v) and _annuls(n, k, around)
-    }
+    """Gradients that are zero (or as good as) by construction, in healthy models: behind a residual scale of zero, and
+    those of biases that what follows cancels."""
+    zeroed = {(n, k) for n in around.bypassed for k, v in enumerate(n.inputs) if is_float(v) and _annuls(n, k, around)}
     felt = _reaching(parts.graph, lambda node, k: not _is_blocked(node) and (node, k) not in zeroed)
     reachable = _reaching(parts.graph, lambda node, k: not _is_blocked(node))
     layers = frozenset(n for n in parts.layers if not _any(n, felt) and _any(n, reachable))
@@ -53,22 +50,26 @@ def structural_zeros(parts: Anatomy, around: Bypasses, attentions: Sequence[Atte
     weights |= {
         (u.layer, u.index) for u in parts.uses if _is_shift(u) and _absorbed(u.layer.outputs[0], mode, keys, attentions)
     }
-    return Zeros(layers, heads, frozenset(weights))
+    return Zeros(layers, frozenset(weights))
 
 
 def _any(node: ir.Node, values: set[ir.Value]) -> bool:
     return any(o in values for o in node.outputs)
 
 
-def zero_heads(parts: Anatomy) -> tuple[ir.Node, ...]:
-    """Last layers before an output whose kernel is all zero: gradients before them are zero until the first step."""
-    found = []
-    for use in parts.uses:
-        if op(use.layer) in KERNEL_OPS and use.index == 1 and _is_zero(use.value, 0.0) and use.layer not in found:
-            behind = _descendants(use.layer)
-            if not any(n in parts.weighted and op(n) in KERNEL_OPS for n in behind):
-                found.append(use.layer)
-    return tuple(found)
+def draw_zero_heads(parts: Anatomy, seed: int) -> bool:
+    """Draws the kernels of last layers that are all zero from N(0, 0.01^2); returns whether there were any.
+
+    Every gradient before a zero head is zero until the first step, which makes the head look like one drawn small: as
+    such it is judged.
+    """
+    heads = [u for u in parts.uses if op(u.layer) in KERNEL_OPS and u.index == 1 and _is_zero(u.value, 0.0)]
+    heads = [u for u in heads if not any(n in parts.weighted and op(n) in KERNEL_OPS for n in _descendants(u.layer))]
+    generator = np.random.default_rng(seed)
+    for value in dict.fromkeys(use.value for use in heads):
+        drawn = generator.standard_normal(dims(value) or (), np.float32) * np.float32(_HEAD)
+        value.const_value = ir.tensor(drawn, value.dtype, name=value.name)
+    return bool(heads)
 
 
 def _descendants(node: ir.Node) -> set[ir.Node]:

@@ -73,7 +73,6 @@ def static_facts(
         *attention_subjects(parts, found, around, estimate, measured, ctx.array),
     ]
     model: dict[str, Fact] = {
-        "zero_head": bool(zeros.heads),
         "residual_additions": sum("residual_index" in facts for facts in layers.values()),
         "trained_share": trained_share(list(weights.values())),
         "precision": _precision(parts),
@@ -160,7 +159,7 @@ _KERNEL_FACTS = ("fan_in", "fan_out", "weight_rms", "init_ratio", "init_factor",
 def _describe_kernels(
     parts: Anatomy, layers: dict[ir.Node, dict[str, Fact]], weights: Mapping[tuple[ir.Node, int], dict[str, Fact]]
 ) -> None:
-    """What of a kernel is said of its layer too; and the non-finite elements of all its weights."""
+    """What of a kernel or a scale is said of its layer too; and the non-finite elements of all its weights."""
     lost: dict[ir.Node, tuple[int, str]] = {}
     for use in parts.uses:
         facts, layer = weights[use.layer, use.index], layers.get(use.layer)
@@ -168,6 +167,8 @@ def _describe_kernels(
             continue
         if facts["role"] in ("kernel", "embedding") and "main_weight" not in layer:
             layer |= {"main_weight": use.initializer} | {k: facts[k] for k in _KERNEL_FACTS if k in facts}
+        if facts["role"] in ("gamma", "residual-scale") and op(use.layer) not in ("PRelu", "Div"):
+            layer["scale_max"] = facts["weight_max"]
         count = int(facts.get("non_finite") or 0)
         before, name = lost.get(use.layer, (0, use.initializer))
         lost[use.layer] = (before + count, name if before or not count else use.initializer)

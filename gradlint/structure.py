@@ -12,7 +12,7 @@ from gradlint.anatomy import Anatomy
 from gradlint.constants import varying
 from gradlint.estimate import Estimate
 from gradlint.fact_table import Fact
-from gradlint.graph import ACTIVATIONS, MOVES, dims, is_float, is_gate, is_head, main_output, op
+from gradlint.graph import ACTIVATIONS, MOVES, attribute, dims, is_float, is_gate, is_head, main_output, op
 from gradlint.patterns import (
     Composition,
     activation_name,
@@ -354,16 +354,19 @@ def _is_second(node: ir.Node, composed: Mapping[ir.Node, Composition]) -> bool:
 def _meets_kernel(node: ir.Node, parts: Anatomy) -> bool:
     """Does the output go into a kernel as its data, with nothing but functions of one input between?
 
-    Attention multiplies it with another value first; a kernel of one output takes an expectation over the classes.
+    Attention multiplies it with another value first; a kernel of one output takes an expectation over the classes; and
+    one that mixes along another axis (talking heads) leaves the distributions as they are.
     """
+    classes = (dims(node.outputs[0]) or (0,))[int(attribute(node, "axis", -1))]
     pending, seen = [node.outputs[0]], {node.outputs[0]}
     while pending:
         for use in pending.pop().uses():
             follower = use.node
             varying_inputs = [v for v in follower.inputs if v is not None and is_float(v) and v.const_value is None]
             if follower in parts.weighted and op(follower) in KERNEL_OPS:
-                shape = dims(follower.outputs[0]) or (0,)
-                if use.idx == 0 and shape[1 if op(follower).startswith("Conv") else -1] != 1:
+                axis = 1 if op(follower).startswith("Conv") else -1
+                into, out = ((dims(v) or (0,))[axis] for v in (follower.inputs[0], follower.outputs[0]))
+                if use.idx == 0 and out != 1 and into % max(1, classes) == 0:
                     return True
             elif len(varying_inputs) <= 1:
                 fresh = [o for o in follower.outputs if o not in seen]

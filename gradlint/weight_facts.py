@@ -250,18 +250,26 @@ def _close_pairs(points: np.ndarray, confirm: object) -> np.ndarray:
 
 
 def _cosine_above(rows: np.ndarray, offset: np.ndarray | None, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of pairs of rows (with bias) > 1 - 1e-6, in double precision, in blocks."""
+    """Cosine of pairs of rows, and with their bias too, > 1 - 1e-6, in double precision, in blocks.
+
+    Both: a bias of one beside weights that start near zero (a spatial gate) would make all rows alike.
+    """
     found = np.zeros(len(a), bool)
     step = max(1, _ROWS_BLOCK // 4 // max(1, rows.shape[1]))
     for k in range(0, len(a), step):
         left, right = (rows[i[k : k + step]].astype(np.float64) for i in (a, b))
+        found[k : k + step] = _parallel(left, right)
         if offset is not None:
             left = np.column_stack([left, offset[a[k : k + step]]])
             right = np.column_stack([right, offset[b[k : k + step]]])
-        dot = np.einsum("ij,ij->i", left, right)
-        size = np.sqrt(np.einsum("ij,ij->i", left, left) * np.einsum("ij,ij->i", right, right))
-        found[k : k + step] = dot > (1 - _SAME) * size
+            found[k : k + step] &= _parallel(left, right)
     return found
+
+
+def _parallel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    dot = np.einsum("ij,ij->i", left, right)
+    size = np.sqrt(np.einsum("ij,ij->i", left, left) * np.einsum("ij,ij->i", right, right))
+    return dot > (1 - _SAME) * size
 
 
 # -- initialisation ----------------------------------------------------------------------------------------------------

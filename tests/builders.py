@@ -74,6 +74,7 @@ def _kernel(graph: _Graph, kind: str, shape: tuple[int, int], gain: float) -> np
         "normal": normal,
         "uniform": graph.rng.uniform(-1, 1, shape) / math.sqrt(shape[1]),
         "constant": np.full(shape, 0.1),
+        "zero": np.zeros(shape),
         "duplicate": np.repeat(normal[: shape[0] // 2], 2, axis=0),
         "near-zero": 1e-6 * normal,
         "oversized": np.where(graph.rng.random(shape) < 0.05, 8.0, normal),

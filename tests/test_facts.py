@@ -129,3 +129,23 @@ def test_a_recurrent_layer_speaks_of_the_output_that_is_read(cell: str) -> None:
 
 def test_the_width_of_a_convolution_over_a_sequence_is_that_of_its_channels() -> None:
     assert gradlint.check(conv1d(2), select=("narrow-deep-relu",)).findings == ()
+
+
+def test_a_large_head_is_no_exploding_chain() -> None:
+    model = mlp(depth=4, gain=1.414)
+    head = next(w for w in model.graph.initializer if w.name == "head.weight")
+    head.CopyFrom(onnx.numpy_helper.from_array(1e5 * onnx.numpy_helper.to_array(head), head.name))
+    assert not gradlint.check(model, select=("exploding-gradient",)).findings
+
+
+def test_values_carry_the_signal_past_the_weights_of_an_attention() -> None:
+    model = transformer(depth=2, skip=False, query_gain=1e-4)  # weights that hardly differ between examples
+    for node in [n for n in model.graph.node if n.name.endswith(".value")]:
+        there, moved = f"{node.output[0]}.moved", f"{node.output[0]}.there"
+        back = onnx.helper.make_node("Transpose", [there], [node.output[0]], f"{node.name}.back", perm=[0, 2, 1])
+        away = onnx.helper.make_node("Transpose", [moved], [there], f"{node.name}.away", perm=[0, 2, 1])
+        node.output[0] = moved
+        at = list(model.graph.node).index(node)
+        model.graph.node.insert(at + 1, back)
+        model.graph.node.insert(at + 1, away)
+    assert gradlint.check(model).summary.risk < 0.25

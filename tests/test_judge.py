@@ -287,10 +287,10 @@ def test_a_cause_explains_the_gradient_before_it_and_the_signal_behind_it() -> N
 
 def test_a_cause_stands_before_its_consequences_and_is_as_severe() -> None:
     growing = subject(order=3, residual_growth=1e5)
-    found = judge([subject(trunk_growth=4.0), growing], BOOK, select=("GL202", "GL505")).findings
+    found = judge([subject(trunk_growth=4.0, head_growth=0.0), growing], BOOK, select=("GL202", "GL505")).findings
     assert [f.code for f in found] == ["GL505", "GL202"]
     growing = subject(order=3, residual_growth=2e3)
-    found = judge([subject(trunk_growth=4.0), growing], BOOK, select=("GL202", "GL505")).findings
+    found = judge([subject(trunk_growth=4.0, head_growth=0.0), growing], BOOK, select=("GL202", "GL505")).findings
     assert [f.code for f in found] == ["GL202", "GL505"]
     assert "consequence" not in found[0].message
 

@@ -18,7 +18,7 @@ from gradlint.estimate import estimate
 from gradlint.fact_table import FACTS, Fact
 from gradlint.load import from_proto
 from gradlint.patterns import compositions, normalisations
-from gradlint.reach import blocked, disconnected_weights, reaching_layers, structural_zeros
+from gradlint.reach import blocked, disconnected_weights, draw_zero_heads, reaching_layers, structural_zeros
 from gradlint.structure import bypasses, structure
 
 
@@ -209,6 +209,18 @@ def test_softmax_between_layers_is_hidden_and_that_of_attention_is_not() -> None
     assert {f["hidden_softmax"] for f in found.values() if "hidden_softmax" in f} == {False}
 
 
+def test_softmax_over_keys_whose_heads_are_mixed_is_not_hidden() -> None:
+    found = facts_of(
+        text(
+            "p = Softmax<axis = -1>(x) t = Transpose<perm = [0, 2, 1]>(p) m = MatMul(t, w0) y = MatMul(m, w1)",
+            "",
+            "float[N, 5, 8] y",
+            "float[N, 8, 5] x",
+        )
+    )
+    assert found["p"]["hidden_softmax"] is False
+
+
 def test_branch_without_the_input_is_constant() -> None:
     found = facts_of(text("c = MatMul(w1, w2) a = MatMul(x, w0) y = MatMul(a, c)"))
     assert found["c"]["constant_branch"] is True
@@ -218,14 +230,14 @@ def test_branch_without_the_input_is_constant() -> None:
 # -- what the gradient reaches -----------------------------------------------------------------------------------------
 
 
-def zeros_of(parts: Anatomy, mode: str = "train") -> tuple[set[str], set[str], set[tuple[str, int]]]:
+def zeros_of(parts: Anatomy, mode: str = "train") -> tuple[set[str], set[tuple[str, int]]]:
     found = structural_zeros(parts, bypasses(parts), attentions(parts.graph), mode)
-    return names(found.layers), names(found.heads), {(str(n.name), k) for n, k in found.weights}
+    return names(found.layers), {(str(n.name), k) for n, k in found.weights}
 
 
 def test_branch_behind_a_zero_residual_scale_has_no_gradient_and_the_scale_has() -> None:
     zero = "float[8] z = {0, 0, 0, 0, 0, 0, 0, 0}"
-    layers, _, weights = zeros_of(
+    layers, weights = zeros_of(
         text("a = MatMul(x, w0) r = Relu(a) s = Mul(r, z) t = Add(x, s) y = MatMul(t, w1)", zero)
     )
     assert layers == {"a", "r"}
@@ -239,17 +251,20 @@ def test_zero_scale_in_the_trunk_is_no_structural_zero() -> None:
     assert zeros_of(text("a = MatMul(x, w0) s = Mul(a, z) y = MatMul(s, w1)", zero))[0] == set()
 
 
-def test_zero_head() -> None:
-    zero = f"float[8, 8] h = {{{', '.join('0' * 64)}}}"
-    layers, heads, _ = zeros_of(text("a = MatMul(x, w0) r = Relu(a) y = MatMul(r, h)", zero))
-    assert heads == {"y"}
-    assert layers == {"a", "r"}
+def test_zero_heads_are_drawn_small_and_other_kernels_of_zeros_are_not() -> None:
+    zero = "float[8, 8] {} = {{" + ", ".join("0" * 64) + "}}"
+    parts = text("a = MatMul(x, h0) r = Relu(a) y = MatMul(r, h1)", f"{zero.format('h0')}, {zero.format('h1')}")
+    assert draw_zero_heads(parts, seed=0)
+    inner, head = (use.value.const_value.numpy() for use in parts.uses)
+    assert not inner.any()
+    assert 0.005 < head.std() < 0.02
+    assert not draw_zero_heads(parts, seed=0)
 
 
 def test_bias_before_batchnorm_has_no_gradient_in_train_mode() -> None:
     parts = parts_of(cnn(depth=2, norm=True))
-    assert zeros_of(parts)[2] == {("conv.0", 2), ("conv.1", 2)}
-    assert zeros_of(parts, "eval")[2] == set()
+    assert zeros_of(parts)[1] == {("conv.0", 2), ("conv.1", 2)}
+    assert zeros_of(parts, "eval")[1] == set()
 
 
 def test_key_bias_has_no_gradient() -> None:
@@ -260,7 +275,7 @@ def test_key_bias_has_no_gradient() -> None:
         "float[N, 5, 8] y",
         "float[N, 5, 8] x",
     )
-    assert zeros_of(parts)[2] == {("k", 1)}
+    assert zeros_of(parts)[1] == {("k", 1)}
 
 
 def test_weights_behind_an_operator_without_gradient() -> None:

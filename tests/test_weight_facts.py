@@ -122,6 +122,11 @@ def test_bias_tells_units_apart() -> None:
     assert duplicate_units(rows, 0, np.arange(20, dtype=np.float32)) == 0
 
 
+def test_equal_biases_beside_weights_near_zero_make_no_duplicates() -> None:
+    rows = 1e-6 * RNG.standard_normal((16, 16)).astype(np.float32)
+    assert duplicate_units(rows, 0, np.ones(16, np.float32)) == 0
+
+
 def test_nearly_parallel_units_count_by_their_cosine() -> None:
     rows = RNG.standard_normal((50, 200))
     direction = RNG.standard_normal(200)

@@ -20,9 +20,9 @@ from gradlint.histograms import Histogram, View, Wanted, measure
 from gradlint.losses import seeds_of
 from gradlint.ops.batch_normalization import to_train_mode
 from gradlint.options import Loss
-from gradlint.reverse import Cut, backward
+from gradlint.reverse import Cut, backward, named_output
 from gradlint.session import SCALE, part, run, runtime_errors, session_of
-from gradlint.taps import Taps, name_outputs, tap_activation, tap_attention, tap_gram, tap_value, tap_weight
+from gradlint.taps import Taps, tap_activation, tap_attention, tap_gram, tap_value, tap_weight
 from gradlint.transfer import ELEMENTWISE
 
 
@@ -147,7 +147,8 @@ def probe(
     to_count = _to_count(request, values, nodes, grads)
     counted = graph.clone() if to_count else None  # before the taps take the names of values
     graph.outputs.clear()
-    name_outputs(graph, taps)
+    taken: set[ir.Value] = set(graph.inputs)
+    graph.outputs.extend(named_output(graph, v, f"tap.{k}", taken) for k, v in enumerate(taps.outputs.values()))
     try:
         session = session_of(model, graph, threads)
     except runtime_errors() as error:

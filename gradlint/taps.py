@@ -140,17 +140,3 @@ def _some_positions(b: Backward, z: ir.Value, shape: tuple[int, ...], axis: int)
     sample = b.op("Slice", z, starts, ends, b.constant(cut), b.constant([steps[a] for a in cut]))
     sample.shape = ir.Shape([-(-n // step) for n, step in zip(shape, steps, strict=True)])
     return sample
-
-
-def name_outputs(graph: ir.Graph, taps: Taps) -> None:
-    """Every tap becomes an output `tap.K` in the order of `taps.outputs`."""
-    taken: set[ir.Value] = set(graph.inputs)
-    for k, value in enumerate(taps.outputs.values()):
-        if value in taken or value.producer() is None:
-            node = ir.node("Identity", [value], name=f"tap/{k}")
-            node.outputs[0].type = value.type
-            graph.append(node)
-            value = node.outputs[0]
-        taken.add(value)
-        value.name = f"tap.{k}"
-        graph.outputs.append(value)

@@ -4,6 +4,8 @@ import numpy as np
 import onnx
 import pytest
 
+from gradlint.domain import Moments
+from gradlint.ops.softmax import describe
 from gradlint.ops.softmax_weights import weights
 from gradlint.reverse import differentiate
 from gradlint.testing import Activation, check_op, session
@@ -56,3 +58,10 @@ def test_weights_agree_with_sampled_softmax(n: int, s: float) -> None:
     assert found.own == pytest.approx((p**2 * (1 - p) ** 2).sum(axis=1).mean(), rel=0.05)
     assert found.cross == pytest.approx((squares**2 - (p**4).sum(axis=1)).mean(), rel=0.1)
     assert found.excess + np.log(n) == pytest.approx(log_sum.mean(), rel=0.02, abs=0.1)
+
+
+def test_a_variance_that_rounding_left_below_zero_is_none() -> None:
+    one = np.ones((1, 1))
+    row = describe(Moments(0 * one, -4e-21 * one, 8e-21 * one, 3e-21 * one), 1, 17)
+    assert row.std == 0
+    assert row.mean == pytest.approx(1 / 17)

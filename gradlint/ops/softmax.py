@@ -44,7 +44,7 @@ def describe(x: Moments, axis: int, n: int) -> Row:
     A shared part that is one along the axis moves all logits alike: softmax does not see it. Logits of different
     means weigh by exp(mean + var / 2), of different variances by their weighted average. Assumes them independent.
     """
-    var = x.fixed + x.local + _visible(x, axis)
+    var = np.maximum(x.fixed + x.local + _visible(x, axis), 0)  # differences of products round below zero
     # E[e^z] grows as e^(s^2 / 2) up to s = sqrt(2 log n), beyond it only the largest of n counts: then linearly in s.
     limit = math.sqrt(2 * math.log(max(n, 2)))
     s = np.sqrt(var)
@@ -68,7 +68,7 @@ def _masked(x: Moments, axis: int, n: int, seen: np.ndarray) -> Row:
     """The same where masks leave a query only `seen` of n keys, which keys being different for every query."""
     counts, times = np.unique(seen, return_counts=True)
     share = times / times.sum()
-    std = np.sqrt(x.fixed + x.local)
+    std = np.sqrt(np.maximum(x.fixed + x.local, 0))
     found = weights(counts, std[..., None])
     stats = Weights(*(a @ share for a in (found.squares, found.own, found.cross, found.excess)))
     mean = np.full_like(std, 1 / n)

@@ -30,6 +30,7 @@ from gradlint.fact_table import Fact, Scope, Subject
 from gradlint.flow import Flow, cotangent_norm, decades, estimated_signal
 from gradlint.graph import (
     ACTIVATIONS,
+    REORDERS,
     WeightUse,
     dims,
     folded_batchnorms,
@@ -62,12 +63,13 @@ def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Re
     """What the probe measures: outputs of layers, of sums, of poles, and of whatever several nodes read. pictures: and
     the histograms of a page."""
     graph, poles = parts.graph, set(pole_nodes(parts, estimate))
-    values = [
-        str(o.name)
-        for n in graph
-        for o in n.outputs
-        if is_float(o) and (n in parts.layers or n in poles or op(n) in ("Add", "Sum") or len(list(o.uses())) > 1)
-    ]
+    chosen: dict[ir.Value, None] = {}
+    for n in graph:
+        if main_output(n) not in n.outputs or (op(n) in REORDERS and n.inputs[0] in chosen and _alone(n.inputs[0])):
+            continue  # the sum with the bias, and what was reordered, stand for it
+        named = n in parts.layers or n in poles or op(n) in ("Add", "Sum")
+        chosen |= {o: None for o in n.outputs if is_float(o) and (named or not _alone(o))}
+    values = [str(v.name) for v in chosen]
     weights = list(dict.fromkeys(str(u.value.name) for u in parts.uses))
     units = {str(n.name): unit_axis(main_output(n), estimate) for n in parts.activations}
     last = next((n for n in reversed(parts.layers) if n in parts.weighted), None)
@@ -77,6 +79,11 @@ def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Re
     curves = [str(n.name) for n in parts.activations if op(n) in ELEMENTWISE]
     kernels = list(dict.fromkeys(str(u.value.name) for u in parts.uses if role(u) in PICTURED)) if pictures else None
     return Request(values, weights, curves, units, features, softmax, kernels)
+
+
+def _alone(value: ir.Value) -> bool:
+    """Does one node read it, or none?"""
+    return len(value.uses()) <= 1
 
 
 @dataclass(frozen=True)

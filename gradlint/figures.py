@@ -46,7 +46,7 @@ def statistics(
         elif kind == "slope":
             rows.setdefault(name + ACTIVATION, {}).update(_slopes(name, sums, taps, chunks))
         elif kind in ("wgrad", "whole"):
-            weights[name] = _weight(kind, name, sums, math.prod(dims(values[name]) or ()))
+            weights[name] = _weight(kind, name, sums, taps, math.prod(dims(values[name]) or ()))
     return rows, weights, steps, math.sqrt(cotangent)
 
 
@@ -83,7 +83,9 @@ def _slopes(name: str, sums: Mapping[tuple[str, str], np.ndarray], taps: Taps, c
     }
 
 
-def _weight(kind: str, name: str, sums: Mapping[tuple[str, str], np.ndarray], size: int) -> dict[str, float]:
+def _weight(
+    kind: str, name: str, sums: Mapping[tuple[str, str], np.ndarray], taps: Taps, size: int
+) -> dict[str, float]:
     if kind == "whole":
         g = sums["whole", name]
         return {
@@ -95,5 +97,5 @@ def _weight(kind: str, name: str, sums: Mapping[tuple[str, str], np.ndarray], si
     return {
         "grad_rms": math.sqrt(square / max(1, size)) if math.isfinite(square) else math.inf,
         "grad_mean_abs": float(sums["wabs", name]) / max(1, size),
-        "zero_share": float(sums["wzero", name]),
+        "zero_share": 1 - float(sums["nonzero", name]) / taps.samples[name],
     }

@@ -58,6 +58,7 @@ class Flow:
             rows = {
                 values[n]: row for n, row in measured.values.items() if n in values and values[n] in estimate.varies
             }
+            rows |= {n.outputs[0]: rows[main_output(n)] for n in parts.layers if main_output(n) in rows}
             norms["measured"] = _carried(graph, {v: r["grad_norm"] for v, r in rows.items() if "grad_norm" in r})
             signals["measured"] = _carried(graph, {v: r["signal"] for v, r in rows.items() if "signal" in r})
             stds["measured"] = _carried(graph, {v: r["output_std"] for v, r in rows.items() if "output_std" in r})

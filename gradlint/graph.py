@@ -31,6 +31,10 @@ MOVES = frozenset(
     }
 )  # fmt: skip
 
+# Those of them that keep every element.
+REORDERS = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
+
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _SQUASHING = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "Softmax", "LogSoftmax", "Erf", "Clip"})
@@ -55,8 +59,20 @@ def dims(value: ir.Value | None) -> tuple[int, ...] | None:
 
 
 def main_output(node: ir.Node) -> ir.Value:
-    """The first output that anything reads: of a recurrent operator it may be the last state alone."""
-    return next((o for o in node.outputs if o.uses() or o.is_graph_output()), node.outputs[0])
+    """What a layer gives: its first output that anything reads (of a recurrent operator it may be the last state
+    alone), with the bias that the exporter made an addition of its own."""
+    out = next((o for o in node.outputs if o.uses() or o.is_graph_output()), node.outputs[0])
+    if node.op_type not in _PRODUCTS or len(out.uses()) != 1 or out.is_graph_output():
+        return out
+    reader = out.uses()[0].node
+    biased = op(reader) == "Add" and any(v is not out and _is_bias(v) for v in reader.inputs)
+    return reader.outputs[0] if biased else out
+
+
+def _is_bias(value: ir.Value | None) -> bool:
+    """A stored number per unit: one axis at most is longer than 1."""
+    shape = dims(value)
+    return value is not None and value.const_value is not None and sum(n > 1 for n in shape or (2, 2)) <= 1
 
 
 def is_float(value: ir.Value | None) -> bool:

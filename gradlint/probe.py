@@ -148,7 +148,7 @@ def probe(
     counted = graph.clone() if to_count else None  # before the taps take the names of values
     graph.outputs.clear()
     taken: set[ir.Value] = set(graph.inputs)
-    graph.outputs.extend(named_output(graph, v, f"tap.{k}", taken) for k, v in enumerate(taps.outputs.values()))
+    graph.outputs.extend(named_output(graph, v, f"tap.{k}", taken) for k, v in enumerate(taps.distinct()))
     try:
         session = session_of(model, graph, threads)
     except runtime_errors() as error:

@@ -7,7 +7,7 @@ cotangent scaled by a power of two: the backward pass is linear in it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ import onnx
 import onnx_ir as ir
 
 from gradlint.data import Arrays
+from gradlint.graph import attribute, constant_array, op
 from gradlint.taps import Taps
 
 SCALE = "gradlint.scale"
 _SCALES = (0, 60, 100, -60)  # powers of two the cotangent is tried with
+_INLINE = 4096  # bytes of a weight that travels in the model
 _SAFE = (1e-24, 1e30)  # sums of squares that float32 holds with full precision
 
 
@@ -45,28 +47,70 @@ def runtime_errors() -> tuple[type[Exception], ...]:
 
 
 def session_of(model: ir.Model, graph: ir.Graph, threads: int) -> Any:
-    """A session for `graph`; its weights are handed over where they lie, not copied."""
+    """A session for `graph` that reads its weights where they lie.
+
+    onnxruntime copies what it is given as external initializers, unless it is given them once more as its own.
+    """
     ort = _onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.disable_prepacking", "1")
+    _rearrange_weights(graph)
     read = {v for n in graph.all_nodes() for v in n.inputs} | set(graph.outputs)
     for name in [n for n, v in graph.initializers.items() if v not in read]:
         del graph.initializers[name]  # onnxruntime refuses a weight handed over for nothing
     arrays: dict[str, np.ndarray] = {}
     for value in graph.initializers.values():
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes > 4096:
+        if tensor is not None and tensor.nbytes > _INLINE:
             arrays[str(value.name)] = np.ascontiguousarray(tensor.numpy())
         elif isinstance(tensor, ir.ExternalTensor):  # small: onnxruntime wants it in the model
             value.const_value = ir.Tensor(np.array(tensor.numpy()), name=value.name)
     proto = _proto(model, graph, arrays)
-    held = [ort.OrtValue.ortvalue_from_numpy(a) for a in arrays.values()]
+    held = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in arrays.items()}
     if held:
-        options.add_external_initializers(list(arrays), held)
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        options.add_external_initializers(list(held), list(held.values()))
+    written = {str(v.name) for n in graph.all_nodes() if op(n) == "BatchNormalization" for v in n.inputs if v}
+    for name in held.keys() - written:  # in training mode onnxruntime writes statistics over the running ones
+        options.add_initializer(name, held[name])
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session.weights = held  # the session reads them, but does not keep them
+    return session
+
+
+def _rearrange_weights(graph: ir.Graph) -> None:
+    """Weights as the backward pass reads them, transposed and flipped: onnxruntime would keep a copy of every step."""
+    for node in list(graph):
+        arrays = [a for v in node.inputs if (a := constant_array(v)) is not None]
+        rearranged = _REARRANGED.get(op(node))
+        if rearranged is None or len(arrays) < len(node.inputs) or arrays[0].nbytes <= _INLINE:
+            continue
+        old = node.outputs[0]
+        tensor = ir.Tensor(rearranged(node, *arrays), name=old.name)
+        new = ir.Value(name=old.name, const_value=tensor, shape=tensor.shape, type=old.type)
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        graph.register_initializer(new)
+
+
+def _gathered(node: ir.Node, data: np.ndarray, index: np.ndarray) -> np.ndarray:
+    axis = attribute(node, "axis", 0)
+    reversal = np.array_equal(index, np.arange(data.shape[axis])[::-1])
+    return np.flip(data, axis) if reversal else np.take(data, index, axis)
+
+
+def _reshaped(node: ir.Node, data: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    keep = attribute(node, "allowzero", 0) == 0
+    return data.reshape([data.shape[k] if n == 0 and keep else int(n) for k, n in enumerate(shape)])
+
+
+_REARRANGED: Mapping[str, Callable[..., np.ndarray]] = {
+    "Transpose": lambda node, data: np.transpose(data, attribute(node, "perm")),
+    "Gather": _gathered,
+    "Reshape": _reshaped,
+}
 
 
 def _proto(model: ir.Model, graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -> onnx.ModelProto:
@@ -85,7 +129,7 @@ def run(session: Any, taps: Taps, feeds: Arrays, chunks: int) -> dict[tuple[str,
     best: dict[tuple[str, str], np.ndarray] = {}
     doubtful: set[tuple[str, str]] = set()
     for power in _SCALES:
-        got = _finished(dict(zip(taps.outputs, _run_once(session, feeds, chunks, power), strict=True)))
+        got = _finished(taps.by_key(_run_once(session, feeds, chunks, power)))
         if power == 0:
             best = dict(got)
             doubtful = {key for key in got if key[0] in _DEGREE}

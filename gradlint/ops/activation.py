@@ -201,8 +201,8 @@ def _bell(z: Array) -> Array:
 def erf_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     """dz = g 2 / sqrt(pi) exp(-z^2)."""
     z, _, g = ends_of(b, node, gs)
-    bell = b.op("Exp", b.op("Neg", b.op("Mul", z, z)))
-    return (b.op("Mul", g, b.op("Mul", bell, b.scalar(2 / math.sqrt(math.pi), z))),)
+    slope = b.op("Exp", b.op("Sub", b.scalar(math.log(2 / math.sqrt(math.pi)), z), b.op("Mul", z, z)))
+    return (b.op("Mul", g, slope),)
 
 
 elementwise(

@@ -172,8 +172,8 @@ def gelu_gradient(b: Backward, node: ir.Node, z: ir.Value, g: ir.Value) -> ir.Va
         slope = b.op("Mul", b.op("Add", t, one), b.op("Add", bend, one))
         return b.op("Mul", g, b.op("Mul", slope, half))
     a = b.op("Mul", z, b.scalar(math.sqrt(0.5), z))
-    bell = b.op("Exp", b.op("Neg", b.op("Mul", a, a)))
-    bend = b.op("Mul", b.op("Mul", a, bell), b.scalar(1 / math.sqrt(math.pi), z))
+    bell = b.op("Exp", b.op("Sub", b.scalar(-0.5 * math.log(math.pi), z), b.op("Mul", a, a)))  # exp(-a^2) / sqrt(pi)
+    bend = b.op("Mul", a, bell)
     share = b.op("Add", b.op("Mul", b.op("Erf", a), half), half)
     return b.op("Mul", g, b.op("Add", share, bend))
 

@@ -141,12 +141,13 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     assumed = [*sizes, *(f"{n} = {a.item()}" for n, a in settings.items() if n not in options.values)]
     loaded = time.perf_counter()
     guess = _estimate(graph, options, data, assumed)
-    proof = prove(graph, _ranges(graph, options), batch=guess.batch, mode=options.mode)
     estimated = time.perf_counter()
     probed, origin = _probe(source, guess, parts, options, data)
+    measured = time.perf_counter()
+    proof = prove(graph, _ranges(graph, options), batch=guess.batch, mode=options.mode)  # its ranges take memory
     rejected = bool(sizes) and getattr(probed, "rejected", False)
     described = tuple(_described(v) for v in inputs)
-    times = (loaded - began, estimated - loaded)
+    times = (loaded - began, estimated - loaded + time.perf_counter() - measured)
     before = (lengths, disconnected)
     return _Examined(
         source, described, tuple(assumed), parts, guess, proof, probed, origin, rejected, *times, *before, zero_head

@@ -64,7 +64,7 @@ def main_output(node: ir.Node) -> ir.Value:
     out = next((o for o in node.outputs if o.uses() or o.is_graph_output()), node.outputs[0])
     if node.op_type not in _PRODUCTS or len(out.uses()) != 1 or out.is_graph_output():
         return out
-    reader = out.uses()[0].node
+    (reader,) = (use.node for use in out.uses())
     biased = op(reader) == "Add" and any(v is not out and _is_bias(v) for v in reader.inputs)
     return reader.outputs[0] if biased else out
 

@@ -67,9 +67,12 @@ def check_message(text: str, scope: Scope, limits: Limits, where: str) -> None:
     """Raise UsageError for a template that doesn't parse or names what is no fact of `scope` and no limit."""
     try:
         tree = _ENVIRONMENT.parse(text)
-        _template(text)
     except TemplateSyntaxError as error:
         raise UsageError(f"{where}: {error.message}") from error
+    for kind, known in ((nodes.Filter, _ENVIRONMENT.filters), (nodes.Test, _ENVIRONMENT.tests)):
+        for used in tree.find_all(kind):
+            if used.name not in known:
+                raise UsageError(f"{where}: no {kind.__name__.lower()} {used.name!r}{near(used.name, known)}")
     for name in sorted(meta.find_undeclared_variables(tree) - PLACES):
         check_fact(name, scope, where)
     for attribute in tree.find_all(nodes.Getattr):

@@ -39,6 +39,7 @@ SECTIONS = (
 _REQUIRED = ("code", "status", "scope", "since", "when", "message")
 _OPTIONAL = ("level", "where", "rank", "places", "fixes", "explains", "travels", "limits")
 _PLACES = 3  # places a rule names one by one; more of them share a cause, and a finding
+_MARKDOWN = MarkdownIt("commonmark")
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _CODE = re.compile(r"[A-Z]{2,8}[0-9]{3,4}")
 
@@ -187,7 +188,7 @@ def _plain(markdown: str, width: int) -> list[str]:
     """Paragraphs and list items wrapped, code indented, links as `text (address)`."""
     lines: list[str] = []
     bullet = ""
-    for token in MarkdownIt("commonmark").parse(markdown):
+    for token in _MARKDOWN.parse(markdown):
         if token.type in ("fence", "code_block"):
             lines += [
                 *([""] if lines and lines[-1] else []),
@@ -210,7 +211,7 @@ def _plain(markdown: str, width: int) -> list[str]:
 
 def parse_page(text: str, path: str) -> Rule:
     """The rule on one page; UsageError naming `path` and what is wrong."""
-    tokens = MarkdownIt("commonmark").parse(text)
+    tokens = _MARKDOWN.parse(text)
     headings = [i for i, token in enumerate(tokens) if token.type == "heading_open" and token.level == 0]
     if not headings or tokens[headings[0]].tag != "h1" or headings[0] != 0:
         raise UsageError(f"{path}: a rule page starts with `# rule-name`")

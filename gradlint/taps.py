@@ -94,7 +94,7 @@ def batch_axis(shape: tuple[int, ...], batch: int) -> int | None:
 
 
 def tap_weight(taps: Taps, name: str, weight: ir.Value, g: ir.Value, *, whole: bool) -> None:
-    """Squares and absolute values of all elements, a count of nonzeros in a sample; a small gradient leaves as it is."""
+    """Squares and absolute values of all elements, nonzeros of a sample; a small gradient leaves as it is."""
     b = taps.b
     if whole or math.prod(dims(weight) or ()) <= _SMALL:
         taps.add("whole", name, g)

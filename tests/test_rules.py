@@ -192,7 +192,7 @@ def test_explanation_is_plain_text() -> None:
         ("not is_gate", "(decades", "unexpected"),
         ("decades < -limits.floor and not is_gate", "decades", "is a number, not a truth"),
         ("{{ decades | decades }}", "{{ decade }}", "no fact named 'decade'"),
-        ("{{ decades | decades }}", "{{ decades | decods }}", "No filter named"),
+        ("{{ decades | decades }}", "{{ decades | decods }}", "no filter 'decods'; did you mean decades"),
         ("{{ decades | decades }}", "{{ layer.__class__ }}", "only `limits` has attributes"),
         ("{{ decades | decades }}", "{{ limits.flor }}", "no limit named 'flor'"),
         ("## Why it matters", "## Why it mattes", "did you mean Why it matters?"),

@@ -6,18 +6,16 @@ Exit codes: 0 nothing found at or above --fail-on, 1 something, 2 wrong usage, a
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gradlint import flags, output
+from gradlint import flags, output, startup
 from gradlint.batch import Fault, check_models, find_models, guarded
 from gradlint.exceptions import UsageError
 from gradlint.options import Options
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from gradlint.rulebook import Rule
 
 _INTERRUPTED = 130
-_GARBAGE = 100_000  # objects between two searches for garbage: what a command builds, it needs
 
 
 class _Commands(click.Group):
@@ -279,14 +276,8 @@ def config_command(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
 
 def main() -> None:
     """The `gradlint` command."""
-    gc.set_threshold(_GARBAGE)
-    code = run(sys.argv[1:])
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):  # there is none, or its reader has gone
-            stream.flush()
-    # Not sys.exit: taking apart what is loaded takes a quarter of a second, and after an interrupt inside an import
-    # CPython would end by the signal.
-    os._exit(code)
+    startup.begin()
+    startup.end(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:

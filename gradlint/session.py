@@ -20,6 +20,8 @@ from gradlint.taps import Taps
 
 SCALE = "gradlint.scale"
 _SCALES = (0, 60, 100, -60)  # powers of two the cotangent is tried with
+# Blocks of channels: to reorder every kernel takes longer than one run gains, and as much memory as the kernels.
+_BLOCKED = "NchwcTransformer"
 _INLINE = 4096  # bytes of a weight that travels in the model
 _SAFE = (1e-24, 1e30)  # sums of squares that float32 holds with full precision
 
@@ -75,7 +77,9 @@ def session_of(model: ir.Model, graph: ir.Graph, threads: int) -> Any:
     written = {str(v.name) for n in graph.all_nodes() if op(n) == "BatchNormalization" for v in n.inputs if v}
     for name in held.keys() - written:  # in training mode onnxruntime writes statistics over the running ones
         options.add_initializer(name, held[name])
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=[_BLOCKED]
+    )
     session.weights = held  # the session reads them, but does not keep them
     return session
 

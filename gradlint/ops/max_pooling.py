@@ -109,8 +109,8 @@ def _same_choice(w: Windows) -> float:
     shifts: Array = np.ones(1)
     for kernel, stride, dilation, out in zip(w.kernel, w.at.strides, w.at.dilations, w.outs, strict=True):
         reach = min(((kernel - 1) * dilation) // stride, out - 1)
-        taps = np.arange(kernel) * dilation
-        common = [np.intersect1d(taps, taps + k * stride).size for k in range(-reach, reach + 1)]
+        taps = {k * dilation for k in range(kernel)}
+        common = [len(taps & {t + k * stride for t in taps}) for k in range(-reach, reach + 1)]
         shifts = np.outer(shifts, common).reshape(-1)
     n = math.prod(w.kernel)
     return float(np.sum(shifts / (2 * n - shifts)))

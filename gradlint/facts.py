@@ -63,13 +63,16 @@ def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Re
     """What the probe measures: outputs of layers, of sums, of poles, and of whatever several nodes read. pictures: and
     the histograms of a page."""
     graph, poles = parts.graph, set(pole_nodes(parts, estimate))
-    chosen: dict[ir.Value, None] = {}
+    values: list[str] = []
+    known: set[ir.Value] = set()  # measured, or holding the elements of what is
     for n in graph:
-        if main_output(n) not in n.outputs or (op(n) in REORDERS and n.inputs[0] in chosen and _alone(n.inputs[0])):
-            continue  # the sum with the bias, and what was reordered, stand for it
-        named = n in parts.layers or n in poles or op(n) in ("Add", "Sum")
-        chosen |= {o: None for o in n.outputs if is_float(o) and (named or not _alone(o))}
-    values = [str(v.name) for v in chosen]
+        if op(n) in REORDERS and n.inputs[0] in known and _alone(n.inputs[0]):
+            known.update(n.outputs)
+        elif main_output(n) in n.outputs:  # else the sum with the bias stands for it
+            named = n in parts.layers or n in poles or op(n) in ("Add", "Sum")
+            chosen = [o for o in n.outputs if is_float(o) and (named or not _alone(o))]
+            known.update(chosen)
+            values += [str(o.name) for o in chosen]
     weights = list(dict.fromkeys(str(u.value.name) for u in parts.uses))
     units = {str(n.name): unit_axis(main_output(n), estimate) for n in parts.activations}
     last = next((n for n in reversed(parts.layers) if n in parts.weighted), None)

@@ -59,6 +59,9 @@ def session_of(model: ir.Model, graph: ir.Graph, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.disable_prepacking", "1")
+    for node in list(reversed(graph)):  # onnxruntime runs what nothing reads
+        if not any(o.uses() or o.is_graph_output() for o in node.outputs):
+            graph.remove(node, safe=True)
     _rearrange_weights(graph)
     read = {v for n in graph.all_nodes() for v in n.inputs} | set(graph.outputs)
     for name in [n for n, v in graph.initializers.items() if v not in read]:

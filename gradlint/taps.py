@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gradlint.backward import Backward
-from gradlint.graph import dims, is_float, op
+from gradlint.graph import REORDERS, dims, is_float, op
 from gradlint.ops.activation import FLAT, LOST
 from gradlint.transfer import VJP, derivative
 
@@ -99,9 +99,12 @@ def tap_weight(taps: Taps, name: str, weight: ir.Value, g: ir.Value, *, whole: b
     if whole or math.prod(dims(weight) or ()) <= _SMALL:
         taps.add("whole", name, g)
         return
+    while (node := g.producer()) is not None and op(node) in REORDERS:
+        g = node.inputs[0]  # in whatever order: the sums are the same
+        assert g is not None
     size = math.prod(dims(weight) or ())
     # Sums per row keep the digits of long ones; onnxruntime takes five times as long for them.
-    rows = b.constant(list(range(1, len(weight.shape or ())))) if size > _LONG else None
+    rows = b.constant([-1]) if size > _LONG else None
     taps.add("wgrad", name, b.op("ReduceSumSquare", g, rows, keepdims=0))
     taps.add("wabs", name, b.op("ReduceL1", g, rows, keepdims=0))
     if size > _SAMPLE:

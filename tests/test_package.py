@@ -96,7 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "alignment": {"domain", "exceptions", "graph", "results"},
     "losses": {"backward", "data", "exceptions", "graph", "options"},
     "taps": _TABLES,
-    "session": {"data", "taps"},
+    "session": {"data", "graph", "taps"},
     "figures": {"graph", "taps"},
     "histograms": {"backward", "data", "session"},
     "probe": {

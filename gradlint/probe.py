@@ -118,6 +118,7 @@ def probe(
     emitter.emit(graph)
     wanted = [values[n] for n in (*request.weights, *request.values) if n in values and is_float(values[n])]
     b, grads, cuts = backward(graph, seeds, wanted, mode=mode)
+    passes = len(graph)
     taps = Taps(b)
     for name in request.values:
         if name in values:
@@ -144,6 +145,7 @@ def probe(
     for k, cotangent in enumerate(dict.fromkeys(seeds.values())):
         taps.add("seed", str(k), b.op("ReduceSumSquare", cotangent, keepdims=0))
     b.emit(graph)
+    _reduce_early(graph, passes)
     to_count = _to_count(request, values, nodes, grads)
     counted = graph.clone() if to_count else None  # before the taps take the names of values
     graph.outputs.clear()
@@ -229,6 +231,17 @@ def _learn_shapes(model: ir.Model, graph: ir.Graph, feeds: Arrays, threads: int)
         feed = {i.name: part(feeds[i.name], 0, i.shape) for i in session.get_inputs()}
         for output, array in zip(unknown, session.run([o.name for o in unknown], feed), strict=True):
             output.shape = ir.Shape(array.shape)
+
+
+def _reduce_early(graph: ir.Graph, passes: int) -> None:
+    """Move every node behind the first `passes` to where its inputs are there: what it reads is free the sooner."""
+    nodes = list(graph)
+    place = {node: k for k, node in enumerate(nodes[:passes])}
+    for node in nodes[passes:]:
+        made = (v.producer() for v in node.inputs if v is not None)
+        place[node] = max((place[n] for n in made if n is not None), default=0)
+    graph.remove(nodes)
+    graph.extend(sorted(nodes, key=place.__getitem__))
 
 
 def _to_count(

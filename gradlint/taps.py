@@ -99,9 +99,8 @@ def tap_weight(taps: Taps, name: str, weight: ir.Value, g: ir.Value, *, whole: b
     if whole or math.prod(dims(weight) or ()) <= _SMALL:
         taps.add("whole", name, g)
         return
-    while (node := g.producer()) is not None and op(node) in REORDERS:
+    while (node := g.producer()) is not None and op(node) in REORDERS and node.inputs[0] is not None:
         g = node.inputs[0]  # in whatever order: the sums are the same
-        assert g is not None
     size = math.prod(dims(weight) or ())
     # Sums per row keep the digits of long ones; onnxruntime takes five times as long for them.
     rows = b.constant([-1]) if size > _LONG else None

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gradlint import flags, output
-from gradlint.batch import Fault, check_models, find_models, guarded
+from gradlint.batch import check_models, find_models, guarded
 from gradlint.exceptions import UsageError
 from gradlint.options import Options
-from gradlint.report import render
-from gradlint.results import LEVELS, Finding, Report
+from gradlint.report import TELL_FAULTS, render
+from gradlint.results import LEVELS, Fault, Finding, Report
 
 if TYPE_CHECKING:
     from gradlint.baseline import Entry
@@ -84,12 +84,13 @@ def check(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     if known:
         reports, stale = _hide(reports, known, rules)
     several = len(paths) > 1
-    if reports:
-        _write(reports, several, settings["format"], settings["output"])
-        for kind, target in files.items():
-            output.write_file(target, _text(reports, several, kind))
-        if settings["format"] == "github":
-            output.add_step_summary(render(reports, "markdown"))
+    if reports or settings["format"] in TELL_FAULTS:
+        _write(reports, several, settings["format"], settings["output"], faults)
+    for kind, target in files.items():
+        if reports or kind in TELL_FAULTS:
+            output.write_file(target, _text(reports, several, kind, faults=faults))
+    if settings["format"] == "github":
+        output.add_step_summary(render(reports, "markdown", faults=faults))
     for report, entry in stale:
         output.tell("baseline", f"{report.model.path}: no longer occurs: {entry.describe()}")
     if faults:
@@ -394,9 +395,11 @@ def _text(reports: Sequence[Report], several: bool, format: str, **options: Any)
     return render(reports, format, **options)
 
 
-def _write(reports: Sequence[Report], several: bool, format: str, target: str | None) -> None:
+def _write(
+    reports: Sequence[Report], several: bool, format: str, target: str | None, faults: Sequence[Fault] = ()
+) -> None:
     screen = {} if target else {"color": output.use_color(), "width": output.terminal_width()}
-    _put(_text(reports, several, format, **screen), target)
+    _put(_text(reports, several, format, faults=faults, **screen), target)
 
 
 def _put(text: str, target: str | None) -> None:

@@ -172,6 +172,14 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class Fault:
+    """Why there is no report, in one line for the user. path: the model's, empty where it is no model's."""
+
+    message: str
+    path: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything gradlint has to say about one model; every renderer is a pure function of it."""
 

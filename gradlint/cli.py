@@ -47,14 +47,21 @@ class _Commands(click.Group):
 
 @click.group(
     cls=_Commands,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=flags.CONTEXT | {"auto_envvar_prefix": "GRADLINT"},
     epilog="`gradlint MODEL...` is `gradlint check MODEL...`.",
 )
-@click.version_option(package_name="gradlint-onnx", prog_name="gradlint", message="%(prog)s %(version)s")
+@click.version_option(
+    package_name="gradlint-onnx",
+    prog_name="gradlint",
+    message="%(prog)s %(version)s",
+    # What a pipeline calls GRADLINT_VERSION says which one to install.
+    allow_from_autoenv=False,
+)
 def cli() -> None:
     """Say which layers of an exported ONNX model will not learn, why, and what to change.
 
-    Every option is also an environment variable: --fail-on is GRADLINT_FAIL_ON.
+    Every option is also an environment variable: --fail-on is GRADLINT_FAIL_ON. Those of one command alone carry its
+    name: --max-loss is GRADLINT_DIFF_MAX_LOSS.
     """
 
 
@@ -200,7 +207,7 @@ def differentiate(model: str, output: str, wrt: Sequence[str]) -> int:
 @cli.command(context_settings=flags.CONTEXT)
 @click.argument("name", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every rule's page.")
-@click.option("--rules", multiple=True, metavar="DIR", help="A folder with rule pages of your own.")
+@flags.rules_option
 @flags.configuration_options
 @click.pass_context
 def rule(ctx: click.Context, name: str | None, everything: bool, **_: Any) -> int:
@@ -262,7 +269,7 @@ def facts() -> int:
 @flags.verdict_options
 @flags.analysis_options
 @flags.baseline_options
-@click.option("--format", type=flags.Word(tuple(flags.FORMATS)), default="full")
+@flags.format_option
 @click.pass_context
 def config_command(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     """Print the settings in force as TOML.

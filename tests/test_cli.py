@@ -309,6 +309,20 @@ def test_every_option_is_an_environment_variable(option: click.Option, monkeypat
     assert params[str(option.name)] != option.get_default(click.Context(cli))
 
 
+def test_a_variable_for_check_says_nothing_of_what_other_commands_write(tmp_path: Path) -> None:
+    env = {"GRADLINT_FORMAT": "sarif", "GRADLINT_OUTPUT": "report.sarif", "GRADLINT_NO_PROBE": "1"}
+    run = gradlint("diff", RELU, RELU, env=env, cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(RELU)
+    assert "Missing option" in _error(gradlint("differentiate", RELU, env=env, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    own = {"GRADLINT_DIFF_FORMAT": "json", "GRADLINT_DIFF_MAX_LOSS": "1", "GRADLINT_NO_PROBE": "1"}
+    run = gradlint("diff", RELU, SIGMOID, env=own)
+    assert run.returncode == 1
+    assert json.loads(run.stdout)
+    assert gradlint("ops", env={"GRADLINT_VERSION": "0.1.0"}).stdout.startswith("operator")
+
+
 # -- the other commands ------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,10 @@ _SEVERITY = {"error": "major", "warning": "minor", "note": "info"}
 
 
 def render(reports: Sequence[Report], faults: Sequence[Fault] = ()) -> str:
-    """Models that were not checked, then the findings, the worst first; what has no Python line is at a file's first."""
+    """Models that were not checked, then the findings, the worst first.
+
+    What has no Python line is shown at the model file's first.
+    """
     issues = [
         {
             "description": prose(fault.message),

@@ -260,7 +260,7 @@ def test_the_actions_script_runs_as_a_workflow_runs_it(fail_on: str, more: str, 
     sarif = tmp_path / "temp" / "gradlint" / "report.sarif"
     written = f"exit-code={code}\n" + ("" if code == 2 else f"sarif={sarif}\n")
     assert (tmp_path / "output").read_text() == written
-    assert (tmp_path / "summary.md").read_text().startswith("### ")
+    assert (tmp_path / "summary.md").read_text().startswith("- 🛑 **not checked** bad.onnx: " if more else "### ")
     assert {path.name for path in sarif.parent.iterdir()} == {"report.html", "report.json", "report.sarif"}
 
 

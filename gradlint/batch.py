@@ -46,6 +46,8 @@ def find_models(given: Sequence[str]) -> list[str]:
     """Files as given; of folders and globs the models inside, sorted; each once. Raises UsageError where none is."""
     paths: list[str] = []
     for name in given:
+        if not name:
+            raise UsageError("a model's name is empty: give a file or a folder")
         inside = [name]
         if os.path.isdir(name):
             inside = sorted(str(path) for path in Path(name).rglob("*.onnx") if path.is_file())

@@ -6,6 +6,7 @@ Exit codes: 0 nothing found at or above --fail-on, 1 something, 2 wrong usage, a
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -79,11 +80,11 @@ def check(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     """
     config, settings = _settings(ctx, models)
     files = {kind: settings[kind] for kind in ("html", "json", "sarif") if settings[kind]}
+    paths = _models(models)
     for target in filter(None, (settings["output"], *files.values())):
-        output.check_target(target)
+        output.check_target(target, paths)
     wants_page = "html" in files or settings["format"] == "html"
     options = replace(flags.to_options(settings), pictures=wants_page)
-    paths = _models(models)
     known = settings.get("baseline")
     rules = _rules_checked(options, config, paths, known is not None)
     reports, faults = _check(paths, options, config, settings)
@@ -127,7 +128,7 @@ def diff(ctx: click.Context, base: str, head: str, max_loss: float | None, **_: 
     config, settings = _settings(ctx, [side for side in (base, head) if not side.endswith(".json")])
     target, page = ctx.params["output"], ctx.params["html"]
     for file in filter(None, (target, page)):
-        output.check_target(file)
+        output.check_target(file, (base, head))
     options = flags.to_options(settings)
     sides: list[list[Report]] = []
     for side in (base, head):
@@ -161,9 +162,9 @@ def baseline(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     from gradlint.baseline import to_baseline
 
     config, settings = _settings(ctx, models)
-    target = ctx.params["output"]
-    output.check_target(target)
-    reports, faults = _check(_models(models), flags.to_options(settings), config, settings)
+    target, paths = ctx.params["output"], _models(models)
+    output.check_target(target, paths)
+    reports, faults = _check(paths, flags.to_options(settings), config, settings)
     if faults:
         return 2
     output.write_file(target, to_baseline(reports, Path(target).parent))
@@ -212,6 +213,7 @@ def differentiate(model: str, output: str, wrt: Sequence[str]) -> int:
 @click.pass_context
 def rule(ctx: click.Context, name: str | None, everything: bool, **_: Any) -> int:
     """Explain a rule; without a name, list all."""
+    from gradlint import listing
     from gradlint.rulebook import configured_rules, explain
 
     settings = _settings(ctx, ())[1]
@@ -223,44 +225,25 @@ def rule(ctx: click.Context, name: str | None, everything: bool, **_: Any) -> in
     elif everything:
         output.emit("\n\n".join(explain(item, width) for item in book.rules))
     else:
-        output.emit("".join(_rule_line(item) for item in book.rules))
+        output.emit(listing.rules(book.rules))
     return 0
 
 
 @cli.command(context_settings=flags.CONTEXT)
 def ops() -> int:
     """List the operators and their analyses."""
-    import gradlint.ops  # noqa: F401  (fills the tables)
-    from gradlint.transfer import BLOCKED, TABLES
+    from gradlint import listing
 
-    names = sorted({name for table in TABLES.values() for name in table} | BLOCKED)
-    wide = max(len(name) for name in names)
-    lines = [f"{'operator':{wide}}  " + "  ".join(TABLES)]
-    for name in names:
-        blocked = name in BLOCKED
-        cells = [
-            "none" if blocked and title in ("pullback", "bound", "vjp") else "yes" if name in table else "-"
-            for title, table in TABLES.items()
-        ]
-        padded = (f"{cell:{len(title)}}" for cell, title in zip(cells, TABLES, strict=True))
-        lines.append(f"{name:{wide}}  {'  '.join(padded)}".rstrip())
-    lines += ["", f"{len(names)} operators; none: no gradient by nature; -: not modelled"]
-    output.emit("\n".join(lines) + "\n")
+    output.emit(listing.operators())
     return 0
 
 
 @cli.command(context_settings=flags.CONTEXT)
 def facts() -> int:
     """List the facts that rules may use."""
-    import textwrap
+    from gradlint import listing
 
-    from gradlint.fact_table import FACTS, SCOPES
-
-    width = min(output.terminal_width(), 100)
-    for spec in FACTS.values():
-        scopes = "all" if spec.scopes == set(SCOPES) else " ".join(s for s in SCOPES if s in spec.scopes)
-        meaning = textwrap.fill(spec.meaning, width, initial_indent="    ", subsequent_indent="    ")
-        output.emit(f"{spec.name} [{spec.unit}] {scopes}\n{meaning}\n")
+    output.emit(listing.facts(min(output.terminal_width(), 100)))
     return 0
 
 
@@ -322,6 +305,12 @@ def _invoke(arguments: list[str]) -> int:
     except BrokenPipeError:
         output.mute()
         return 0
+    except OSError as error:
+        # Help is written by click.
+        if error.errno != errno.ENOSPC:
+            raise
+        output.mute()
+        raise UsageError(f"can't write to standard output: {error.strerror}") from None
 
 
 def _settings(ctx: click.Context, models: Sequence[str]) -> tuple[Config, dict[str, Any]]:
@@ -333,7 +322,7 @@ def _settings(ctx: click.Context, models: Sequence[str]) -> tuple[Config, dict[s
 
 
 def _models(given: Sequence[str]) -> list[str]:
-    if len(given) == 1 and not os.path.exists(given[0]):
+    if not (os.path.exists(given[0]) or Path(given[0]).suffix):
         # Imported here: an error is the only thing that needs it.
         from gradlint.condition import near
 
@@ -414,9 +403,3 @@ def _put(text: str, target: str | None) -> None:
         output.write_file(target, text)
     else:
         output.emit(text)
-
-
-def _rule_line(item: Rule) -> str:
-    levels = "/".join(item.conditions)
-    preview = " (preview)" if item.status == "preview" else ""
-    return f"{item.code}  {item.name:28}  {levels}{preview}\n"

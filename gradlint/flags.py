@@ -221,7 +221,7 @@ def effective(ctx: click.Context, configured: Mapping[str, Any]) -> dict[str, An
         chosen = ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
         settings[key] = value if chosen or key not in configured else configured[key]
     if ctx.get_parameter_source("format") is ParameterSource.DEFAULT and "format" not in configured:
-        settings["format"] = format_by_name(settings.get("output")) or settings["format"]
+        settings["format"] = _format_by_name(ctx, settings.get("output")) or settings["format"]
     if settings.pop("at-init", False):
         if settings.get("trained"):
             raise UsageError("--at-init and --trained exclude each other: give one of them")
@@ -236,9 +236,15 @@ def effective(ctx: click.Context, configured: Mapping[str, Any]) -> dict[str, An
 _FORMATS_BY_NAME = {".html": "html", ".json": "json", ".sarif": "sarif", ".md": "markdown"}
 
 
-def format_by_name(file: str | None) -> str | None:
-    """The format that an output file's name asks for, where no --format is given."""
-    return _FORMATS_BY_NAME.get(Path(file).suffix.lower()) if file else None
+def _format_by_name(ctx: click.Context, file: str | None) -> str | None:
+    """The format that an output file's name asks for, where no --format is given. UsageError: the command has none."""
+    name = _FORMATS_BY_NAME.get(Path(file).suffix.lower()) if file else None
+    kinds = next(param.type for param in ctx.command.params if param.name == "format")
+    if name and isinstance(kinds, Word) and name not in kinds.choices:
+        raise UsageError(
+            f"{file}: {ctx.command_path} doesn't write {name}: --format is one of {', '.join(kinds.choices)}"
+        )
+    return name
 
 
 def to_options(settings: Mapping[str, Any]) -> Options:

@@ -150,7 +150,14 @@ def _re_export(subject: Subject) -> dict[str, str]:
 
 
 def _probe_data(subject: Subject) -> dict[str, str]:
-    return {"remedy": _text(subject, "probe_remedy", "Give data that fit the inputs with --data")}
+    remedy = _text(subject, "probe_remedy", "Give data that fit the inputs with --data")
+    save = "np.savez('data.npz', **inputs)"
+    pytorch, keras = (
+        (save, save)
+        if "--data" in remedy
+        else ("torch.onnx.export(model, args, path)", "model.export(path, format='onnx')")
+    )
+    return {"remedy": remedy, "pytorch": pytorch, "keras": keras}
 
 
 def _input_scale(subject: Subject) -> dict[str, str]:
@@ -462,9 +469,7 @@ REMEDIES: dict[str, Remedy] = {
         "model.export(path, format='onnx')",
         _re_export,
     ),
-    "probe-data": Remedy(
-        "other", "{remedy}", "np.savez('data.npz', **inputs)", "np.savez('data.npz', **inputs)", _probe_data
-    ),
+    "probe-data": Remedy("other", "{remedy}", "{pytorch}", "{keras}", _probe_data),
     "standard-operators": Remedy(
         "other",
         "Export the custom operators as standard ONNX ones, or as model functions",

@@ -132,6 +132,7 @@ ONLY_FOR: dict[str, set[str]] = {
     "analysis": {""},
     "cli": {"__main__"},
     "batch": {"cli"},
+    "listing": {"cli"},
     "flags": {"cli"},
     "config": {"cli"},
     "external": {"cli"},

@@ -75,7 +75,7 @@ def test_the_name_on_the_index_is_not_the_commands() -> None:
 
 # -- who imports whom --------------------------------------------------------------------------------------------------
 
-_RULES = {"condition", "exceptions", "fact_table", "message", "remedies", "results", "rulebook"}
+_RULES = {"condition", "exceptions", "fact_table", "message", "remedies", "remedy_values", "results", "rulebook"}
 _TABLES = {"backward", "broadcasting", "composition", "constants", "domain", "exceptions", "graph", "quadrature",
            "results", "subgraphs", "transfer", "ops", "ops.*"}  # fmt: skip
 # Modules (globs), and all that they may import of ours.

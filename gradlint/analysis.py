@@ -7,8 +7,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from gradlint.pictures import pictured
 from gradlint.probe import Probe, Skipped, probe
 from gradlint.reach import disconnected_subjects, draw_zero_heads
 from gradlint.recurrent_facts import unknown_lengths
-from gradlint.results import LEVELS, Coverage, ModelInfo, Report, Settings, Summary
+from gradlint.results import LEVELS, Coverage, LayerRow, ModelInfo, Report, Settings, Summary
 from gradlint.risk import risk
 from gradlint.rulebook import Rulebook, configured_rules
 from gradlint.source_tree import locate_sources
@@ -77,6 +77,7 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
         "probe_build_s": getattr(probed, "build_s", 0.0),
         "probe_run_s": getattr(probed, "run_s", 0.0),
     }
+    worst = _worst(facts)
     layers = facts.layers
     if options.pictures:
         drawing = time.perf_counter()
@@ -85,17 +86,27 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
     timing["total_s"] = time.perf_counter() - began
     counts = Counter(f.level for f in found)
     return Report(
-        summary=Summary(verdict(found, score), score, stage, {k: counts[k] for k in LEVELS}, _worst(facts)),
+        summary=Summary(verdict(found, score), score, stage, {k: counts[k] for k in LEVELS}, worst),
         model=_model_info(source, seen.inputs, facts),
         settings=Settings(
             options.mode, options.loss, options.seed, _examples(probed, guess), seen.origin, seen.assumed
         ),
         coverage=_coverage(graph, guess, probed),
-        layers=layers,
+        layers=_blamed(layers, {worst, *(finding.layer for finding in found)}),
         weights=facts.weights,
         findings=found,
         timing={k: round(v, 6) for k, v in timing.items()},
     )
+
+
+_PARTS = 20_000  # of blame that a report holds for layers nobody speaks of
+
+
+def _blamed(layers: tuple[LayerRow, ...], told: Set[str | None]) -> tuple[LayerRow, ...]:
+    """Blame grows with the square of the depth: past `_PARTS` of it, layers in `told` alone keep theirs."""
+    if sum(len(row.blame or ()) for row in layers) <= _PARTS:
+        return layers
+    return tuple(row if row.name in told else replace(row, blame=None) for row in layers)
 
 
 _ATTEMPTS = 9  # sizes tried for dimensions nobody gave, when the model rejects one as it runs

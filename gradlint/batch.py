@@ -25,20 +25,13 @@ from typing import TypeVar
 
 from gradlint.exceptions import GradlintError, UsageError
 from gradlint.options import Options
-from gradlint.results import Report
+from gradlint.results import Fault, Report
 
 Result = TypeVar("Result")
 Task = tuple[str, Options]
 # Called with the number of models done and the name of one in work.
 Watch = Callable[[int, str], None]
 _TICK = 0.2
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why there is no result, in one line for the user."""
-
-    message: str
 
 
 @dataclass
@@ -53,6 +46,8 @@ def find_models(given: Sequence[str]) -> list[str]:
     """Files as given; of folders and globs the models inside, sorted; each once. Raises UsageError where none is."""
     paths: list[str] = []
     for name in given:
+        if not name:
+            raise UsageError("a model's name is empty: give a file or a folder")
         inside = [name]
         if os.path.isdir(name):
             inside = sorted(str(path) for path in Path(name).rglob("*.onnx") if path.is_file())
@@ -99,9 +94,11 @@ def _check(path: str, options: Options) -> Report | Fault:
     from gradlint import check
 
     outcome = guarded(lambda: check(path, options=options))
-    if isinstance(outcome, Fault) and path not in outcome.message:
-        return Fault(f"{path}: {outcome.message}")
-    return outcome
+    return _fault(path, outcome.message) if isinstance(outcome, Fault) else outcome
+
+
+def _fault(path: str, message: str) -> Fault:
+    return Fault(message if path in message else f"{path}: {message}", path)
 
 
 def _share(tasks: Sequence[Task], jobs: int, timeout: float | None, watch: Watch) -> list[Report | Fault]:
@@ -124,7 +121,7 @@ def _share(tasks: Sequence[Task], jobs: int, timeout: float | None, watch: Watch
                 if outcome is None:
                     continue
                 if isinstance(outcome, str):
-                    outcome = Fault(f"{tasks[worker.task][0]}: {outcome}")
+                    outcome = _fault(tasks[worker.task][0], outcome)
                     _stop(worker)
                 else:
                     idle.append(worker)

@@ -6,6 +6,7 @@ Exit codes: 0 nothing found at or above --fail-on, 1 something, 2 wrong usage, a
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gradlint import flags, output, startup
-from gradlint.batch import Fault, check_models, find_models, guarded
+from gradlint.batch import check_models, find_models, guarded
 from gradlint.exceptions import UsageError
 from gradlint.options import Options
-from gradlint.report import render
-from gradlint.results import LEVELS, Finding, Report
+from gradlint.report import TELL_FAULTS, render
+from gradlint.results import LEVELS, Fault, Finding, Report
 
 if TYPE_CHECKING:
     from gradlint.baseline import Entry
@@ -44,14 +45,21 @@ class _Commands(click.Group):
 
 @click.group(
     cls=_Commands,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=flags.CONTEXT | {"auto_envvar_prefix": "GRADLINT"},
     epilog="`gradlint MODEL...` is `gradlint check MODEL...`.",
 )
-@click.version_option(package_name="gradlint-onnx", prog_name="gradlint", message="%(prog)s %(version)s")
+@click.version_option(
+    package_name="gradlint-onnx",
+    prog_name="gradlint",
+    message="%(prog)s %(version)s",
+    # What a pipeline calls GRADLINT_VERSION says which one to install.
+    allow_from_autoenv=False,
+)
 def cli() -> None:
     """Say which layers of an exported ONNX model will not learn, why, and what to change.
 
-    Every option is also an environment variable: --fail-on is GRADLINT_FAIL_ON.
+    Every option is also an environment variable: --fail-on is GRADLINT_FAIL_ON. Those of one command alone carry its
+    name: --max-loss is GRADLINT_DIFF_MAX_LOSS.
     """
 
 
@@ -69,11 +77,11 @@ def check(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     """
     config, settings = _settings(ctx, models)
     files = {kind: settings[kind] for kind in ("html", "json", "sarif") if settings[kind]}
+    paths = _models(models)
     for target in filter(None, (settings["output"], *files.values())):
-        output.check_target(target)
+        output.check_target(target, paths)
     wants_page = "html" in files or settings["format"] == "html"
     options = replace(flags.to_options(settings), pictures=wants_page)
-    paths = _models(models)
     known = settings.get("baseline")
     rules = _rules_checked(options, config, paths, known is not None)
     reports, faults = _check(paths, options, config, settings)
@@ -81,12 +89,13 @@ def check(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     if known:
         reports, stale = _hide(reports, known, rules)
     several = len(paths) > 1
-    if reports:
-        _write(reports, several, settings["format"], settings["output"])
-        for kind, target in files.items():
-            output.write_file(target, _text(reports, several, kind))
-        if settings["format"] == "github":
-            output.add_step_summary(render(reports, "markdown"))
+    if reports or settings["format"] in TELL_FAULTS:
+        _write(reports, several, settings["format"], settings["output"], faults)
+    for kind, target in files.items():
+        if reports or kind in TELL_FAULTS:
+            output.write_file(target, _text(reports, several, kind, faults=faults))
+    if settings["format"] == "github":
+        output.add_step_summary(render(reports, "markdown", faults=faults))
     for report, entry in stale:
         output.tell("baseline", f"{report.model.path}: no longer occurs: {entry.describe()}")
     if faults:
@@ -116,7 +125,7 @@ def diff(ctx: click.Context, base: str, head: str, max_loss: float | None, **_: 
     config, settings = _settings(ctx, [side for side in (base, head) if not side.endswith(".json")])
     target, page = ctx.params["output"], ctx.params["html"]
     for file in filter(None, (target, page)):
-        output.check_target(file)
+        output.check_target(file, (base, head))
     options = flags.to_options(settings)
     sides: list[list[Report]] = []
     for side in (base, head):
@@ -150,9 +159,9 @@ def baseline(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     from gradlint.baseline import to_baseline
 
     config, settings = _settings(ctx, models)
-    target = ctx.params["output"]
-    output.check_target(target)
-    reports, faults = _check(_models(models), flags.to_options(settings), config, settings)
+    target, paths = ctx.params["output"], _models(models)
+    output.check_target(target, paths)
+    reports, faults = _check(paths, flags.to_options(settings), config, settings)
     if faults:
         return 2
     output.write_file(target, to_baseline(reports, Path(target).parent))
@@ -196,11 +205,12 @@ def differentiate(model: str, output: str, wrt: Sequence[str]) -> int:
 @cli.command(context_settings=flags.CONTEXT)
 @click.argument("name", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every rule's page.")
-@click.option("--rules", multiple=True, metavar="DIR", help="A folder with rule pages of your own.")
+@flags.rules_option
 @flags.configuration_options
 @click.pass_context
 def rule(ctx: click.Context, name: str | None, everything: bool, **_: Any) -> int:
     """Explain a rule; without a name, list all."""
+    from gradlint import listing
     from gradlint.rulebook import configured_rules, explain
 
     settings = _settings(ctx, ())[1]
@@ -212,44 +222,25 @@ def rule(ctx: click.Context, name: str | None, everything: bool, **_: Any) -> in
     elif everything:
         output.emit("\n\n".join(explain(item, width) for item in book.rules))
     else:
-        output.emit("".join(_rule_line(item) for item in book.rules))
+        output.emit(listing.rules(book.rules))
     return 0
 
 
 @cli.command(context_settings=flags.CONTEXT)
 def ops() -> int:
     """List the operators and their analyses."""
-    import gradlint.ops  # noqa: F401  (fills the tables)
-    from gradlint.transfer import BLOCKED, TABLES
+    from gradlint import listing
 
-    names = sorted({name for table in TABLES.values() for name in table} | BLOCKED)
-    wide = max(len(name) for name in names)
-    lines = [f"{'operator':{wide}}  " + "  ".join(TABLES)]
-    for name in names:
-        blocked = name in BLOCKED
-        cells = [
-            "none" if blocked and title in ("pullback", "bound", "vjp") else "yes" if name in table else "-"
-            for title, table in TABLES.items()
-        ]
-        padded = (f"{cell:{len(title)}}" for cell, title in zip(cells, TABLES, strict=True))
-        lines.append(f"{name:{wide}}  {'  '.join(padded)}".rstrip())
-    lines += ["", f"{len(names)} operators; none: no gradient by nature; -: not modelled"]
-    output.emit("\n".join(lines) + "\n")
+    output.emit(listing.operators())
     return 0
 
 
 @cli.command(context_settings=flags.CONTEXT)
 def facts() -> int:
     """List the facts that rules may use."""
-    import textwrap
+    from gradlint import listing
 
-    from gradlint.fact_table import FACTS, SCOPES
-
-    width = min(output.terminal_width(), 100)
-    for spec in FACTS.values():
-        scopes = "all" if spec.scopes == set(SCOPES) else " ".join(s for s in SCOPES if s in spec.scopes)
-        meaning = textwrap.fill(spec.meaning, width, initial_indent="    ", subsequent_indent="    ")
-        output.emit(f"{spec.name} [{spec.unit}] {scopes}\n{meaning}\n")
+    output.emit(listing.facts(min(output.terminal_width(), 100)))
     return 0
 
 
@@ -258,7 +249,7 @@ def facts() -> int:
 @flags.verdict_options
 @flags.analysis_options
 @flags.baseline_options
-@click.option("--format", type=flags.Word(tuple(flags.FORMATS)), default="full")
+@flags.format_option
 @click.pass_context
 def config_command(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     """Print the settings in force as TOML.
@@ -305,6 +296,12 @@ def _invoke(arguments: list[str]) -> int:
     except BrokenPipeError:
         output.mute()
         return 0
+    except OSError as error:
+        # Help is written by click.
+        if error.errno != errno.ENOSPC:
+            raise
+        output.mute()
+        raise UsageError(f"can't write to standard output: {error.strerror}") from None
 
 
 def _settings(ctx: click.Context, models: Sequence[str]) -> tuple[Config, dict[str, Any]]:
@@ -316,7 +313,7 @@ def _settings(ctx: click.Context, models: Sequence[str]) -> tuple[Config, dict[s
 
 
 def _models(given: Sequence[str]) -> list[str]:
-    if len(given) == 1 and not os.path.exists(given[0]):
+    if not (os.path.exists(given[0]) or Path(given[0]).suffix):
         # Imported here: an error is the only thing that needs it.
         from gradlint.condition import near
 
@@ -385,9 +382,11 @@ def _text(reports: Sequence[Report], several: bool, format: str, **options: Any)
     return render(reports, format, **options)
 
 
-def _write(reports: Sequence[Report], several: bool, format: str, target: str | None) -> None:
+def _write(
+    reports: Sequence[Report], several: bool, format: str, target: str | None, faults: Sequence[Fault] = ()
+) -> None:
     screen = {} if target else {"color": output.use_color(), "width": output.terminal_width()}
-    _put(_text(reports, several, format, **screen), target)
+    _put(_text(reports, several, format, faults=faults, **screen), target)
 
 
 def _put(text: str, target: str | None) -> None:
@@ -395,9 +394,3 @@ def _put(text: str, target: str | None) -> None:
         output.write_file(target, text)
     else:
         output.emit(text)
-
-
-def _rule_line(item: Rule) -> str:
-    levels = "/".join(item.conditions)
-    preview = " (preview)" if item.status == "preview" else ""
-    return f"{item.code}  {item.name:28}  {levels}{preview}\n"

@@ -79,8 +79,10 @@ def _sorted(arrays: Arrays, inputs: Mapping[str, ir.Value], outputs: tuple[str, 
 def _file(path: Path, inputs: Mapping[str, ir.Value]) -> Arrays:
     try:
         loaded = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable .npz or .npy file ({str(error).splitlines()[0]})") from None
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror or error}") from None
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        raise DataError(f"{path}: not a readable .npz or .npy file of numbers") from None
     if isinstance(loaded, np.ndarray):
         if len(inputs) != 1:
             raise DataError(

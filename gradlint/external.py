@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,7 @@ def write_beside(model: str, wrt: Sequence[str] | None, target: str) -> None:
     External data is not taken into the file: where `target` lies in another folder, its files are copied there. Raises
     UsageError where that would overwrite another file.
     """
-    output.check_target(target)
-    if os.path.exists(model) and os.path.exists(target) and os.path.samefile(model, target):
-        raise UsageError(f"can't write {target}: it is the model itself: give another file")
+    output.check_target(target, [model])
     result = gradlint.differentiate(model, wrt)
     source, folder = Path(model).parent, Path(target).parent
     for location in sorted(_locations(result)):

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from gradlint.fact_table import Subject
-from gradlint.remedies import REMEDIES, VARIANCES, Cause, places, present_activation, weight_factor
+from gradlint.remedies import REMEDIES, Cause
+from gradlint.remedy_values import VARIANCES, places, present_activation, weight_factor
 from gradlint.results import Blame, Fix
 
 _OPERATORS: Mapping[Cause, str] = {

@@ -19,8 +19,7 @@ from gradlint.options import Loss, Mode, Options
 from gradlint.report import FORMATS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-# Every option is also the environment variable GRADLINT_<NAME>, on all commands alike.
-CONTEXT = {"auto_envvar_prefix": "GRADLINT", "help_option_names": ["-h", "--help"], "max_content_width": 100}
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class Word(click.Choice[str]):
@@ -90,75 +89,93 @@ def _shape(text: str) -> list[int]:
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
+
+def _option(*names: str, **settings: Any) -> Callable[[Command], Command]:
+    """An option of `check`, wherever else it is: the variable GRADLINT_<NAME> on all commands alike.
+
+    What a command has for itself is GRADLINT_<COMMAND>_<NAME>, by click's convention: no variable that is meant for
+    `check` names the file that `differentiate` writes.
+    """
+    name = next(name for name in names if name.startswith("--"))
+    return click.option(*names, envvar=f"GRADLINT_{name.removeprefix('--').replace('-', '_').upper()}", **settings)
+
+
 _CONFIGURATION = (
-    click.option(
-        "--config", multiple=True, metavar="FILE|KEY=VALUE", help="A configuration file, or one setting of it."
-    ),
-    click.option("--isolated", is_flag=True, help="Read no configuration file."),
+    _option("--config", multiple=True, metavar="FILE|KEY=VALUE", help="A configuration file, or one setting of it."),
+    _option("--isolated", is_flag=True, help="Read no configuration file."),
+)
+
+_RULES = _option(
+    "--rules",
+    multiple=True,
+    metavar="DIR",
+    callback=lambda ctx, param, values: list(values) or None,
+    help="A folder with rule pages of your own.",
 )
 
 _ANALYSIS = (
-    click.option("--data", metavar="FILE", help="Examples for the probe: .npz, .npy, a folder of .npy or of .pb."),
-    click.option("--input", multiple=True, metavar="NAME=VALUE", help="Fill an input with a number.",
-                 callback=_pairs("=", "NAME=NUMBER", _number)),
-    click.option("--loss", type=Word(get_args(Loss)), default="linear", show_default=True),
-    click.option("--mode", type=Word(get_args(Mode)), default="train", show_default=True,
-                 help="BatchNormalization as in training, or by its running statistics."),
-    click.option("--no-probe", is_flag=True, help="Estimate only: don't run the backward model."),
-    click.option("--at-init", is_flag=True, help="The weights are untrained (guessed by default)."),
-    click.option("--trained", is_flag=True, help="The weights are trained (guessed by default)."),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
-    click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N",
-                 help="Examples in a synthetic batch."),
-    click.option("--threads", type=click.IntRange(min=0), default=0, metavar="N",
-                 help="Threads of the probe (one per core; several models: 1)."),
-    click.option("--dim", multiple=True, metavar="NAME=N", help="Size of a symbolic dimension.",
-                 callback=_pairs("=", "NAME=SIZE, such as batch=4", _size)),
-    click.option("--input-shape", multiple=True, metavar="NAME:N,N,...", help="Shape of an input.",
-                 callback=_pairs(":", "NAME:SIZES, such as x:1,3,224,224", _shape)),
-    click.option("--input-range", multiple=True, metavar="NAME:LOW,HIGH", help="Range of an input.",
-                 callback=_pairs(":", "NAME:LOW,HIGH, such as x:0,1", _range)),
-    click.option("--input-stats", multiple=True, metavar="NAME:MEAN,STD",
-                 help="Mean and standard deviation of an input; or all its channels' means, then their deviations.",
-                 callback=_pairs(":", "NAME:MEAN,STD, such as x:0,1", _numbers)),
-    click.option("--optimizer", type=Word(("sgd", "adam")), help="The optimizer the advice is for."),
-    click.option("--lr", type=_POSITIVE, metavar="X", help="The learning rate of the training to come."),
-    click.option("--source-root", metavar="DIR",
-                 help="The folder that holds the Python sources of the models (default: the current one)."),
-    click.option("--select", multiple=True, metavar="RULES", callback=_words,
-                 help="Rules to run: names, codes or beginnings of codes, comma-separated (default: all stable ones)."),
-    click.option("--ignore", multiple=True, metavar="RULES", callback=_words, help="Rules not to run."),
-    click.option("--extend-select", multiple=True, metavar="RULES", callback=_words, help="Rules to run as well."),
-    click.option("--preview", is_flag=True, help="Run the rules in preview too."),
-    click.option("--rules", multiple=True, metavar="DIR", callback=lambda ctx, param, values: list(values) or None,
-                 help="A folder with rule pages of your own."),
-    click.option("-j", "--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
-                 help="Models checked at the same time."),
-    click.option("--timeout", type=_POSITIVE, metavar="S", help="Seconds after which a model is given up."),
+    _option("--data", metavar="FILE", help="Examples for the probe: .npz, .npy, a folder of .npy or of .pb."),
+    _option("--input", multiple=True, metavar="NAME=VALUE", help="Fill an input with a number.",
+            callback=_pairs("=", "NAME=NUMBER", _number)),
+    _option("--loss", type=Word(get_args(Loss)), default="linear", show_default=True),
+    _option("--mode", type=Word(get_args(Mode)), default="train", show_default=True,
+            help="BatchNormalization as in training, or by its running statistics."),
+    _option("--no-probe", is_flag=True, help="Estimate only: don't run the backward model."),
+    _option("--at-init", is_flag=True, help="The weights are untrained (guessed by default)."),
+    _option("--trained", is_flag=True, help="The weights are trained (guessed by default)."),
+    _option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+    _option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N",
+            help="Examples in a synthetic batch."),
+    _option("--threads", type=click.IntRange(min=0), default=0, metavar="N",
+            help="Threads of the probe (one per core; several models: 1)."),
+    _option("--dim", multiple=True, metavar="NAME=N", help="Size of a symbolic dimension.",
+            callback=_pairs("=", "NAME=SIZE, such as batch=4", _size)),
+    _option("--input-shape", multiple=True, metavar="NAME:N,N,...", help="Shape of an input.",
+            callback=_pairs(":", "NAME:SIZES, such as x:1,3,224,224", _shape)),
+    _option("--input-range", multiple=True, metavar="NAME:LOW,HIGH", help="Range of an input.",
+            callback=_pairs(":", "NAME:LOW,HIGH, such as x:0,1", _range)),
+    _option("--input-stats", multiple=True, metavar="NAME:MEAN,STD",
+            help="Mean and standard deviation of an input; or all its channels' means, then their deviations.",
+            callback=_pairs(":", "NAME:MEAN,STD, such as x:0,1", _numbers)),
+    _option("--optimizer", type=Word(("sgd", "adam")), help="The optimizer the advice is for."),
+    _option("--lr", type=_POSITIVE, metavar="X", help="The learning rate of the training to come."),
+    _option("--source-root", metavar="DIR",
+            help="The folder that holds the Python sources of the models (default: the current one)."),
+    _option("--select", multiple=True, metavar="RULES", callback=_words,
+            help="Rules to run: names, codes or beginnings of codes, comma-separated (default: all stable ones)."),
+    _option("--ignore", multiple=True, metavar="RULES", callback=_words, help="Rules not to run."),
+    _option("--extend-select", multiple=True, metavar="RULES", callback=_words, help="Rules to run as well."),
+    _option("--preview", is_flag=True, help="Run the rules in preview too."),
+    _RULES,
+    _option("-j", "--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+            help="Models checked at the same time."),
+    _option("--timeout", type=_POSITIVE, metavar="S", help="Seconds after which a model is given up."),
 )  # fmt: skip
 
 _VERDICT = (
-    click.option("--fail-on", type=Word(("error", "warning", "never")), default="error", show_default=True,
-                 help="The level from which a finding makes the exit code 1."),
+    _option("--fail-on", type=Word(("error", "warning", "never")), default="error", show_default=True,
+            help="The level from which a finding makes the exit code 1."),
 )  # fmt: skip
 
+_FORMAT = _option("--format", type=Word(tuple(FORMATS)), default="full", show_default=True)
+
 _OUTPUT = (
-    click.option("--format", type=Word(tuple(FORMATS)), default="full", show_default=True),
-    click.option(
+    _FORMAT,
+    _option(
         "-o",
         "--output",
         metavar="FILE",
         help="Write the report to FILE instead of standard output; .html, .json, .sarif and .md are formats.",
     ),
-    click.option("--html", metavar="FILE", help="Write the page, with pictures of each layer, as well."),
-    click.option("--json", metavar="FILE", help="Write JSON as well."),
-    click.option("--sarif", metavar="FILE", help="Write SARIF as well."),
+    _option("--html", metavar="FILE", help="Write the page, with pictures of each layer, as well."),
+    _option("--json", metavar="FILE", help="Write JSON as well."),
+    _option("--sarif", metavar="FILE", help="Write SARIF as well."),
 )
 
 _BASELINE = (
-    click.option("--baseline", metavar="FILE", help="Known findings, which are not reported."),
-    click.option("--strict-baseline", is_flag=True,
-                 help="Exit code 1 when an entry of the baseline no longer occurs."),
+    _option("--baseline", metavar="FILE", help="Known findings, which are not reported."),
+    _option("--strict-baseline", is_flag=True,
+            help="Exit code 1 when an entry of the baseline no longer occurs."),
 )  # fmt: skip
 
 
@@ -172,6 +189,14 @@ def analysis_options(command: Command) -> Command:
 
 def verdict_options(command: Command) -> Command:
     return _apply(command, _VERDICT)
+
+
+def rules_option(command: Command) -> Command:
+    return _RULES(command)
+
+
+def format_option(command: Command) -> Command:
+    return _FORMAT(command)
 
 
 def output_options(command: Command) -> Command:
@@ -196,7 +221,7 @@ def effective(ctx: click.Context, configured: Mapping[str, Any]) -> dict[str, An
         chosen = ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
         settings[key] = value if chosen or key not in configured else configured[key]
     if ctx.get_parameter_source("format") is ParameterSource.DEFAULT and "format" not in configured:
-        settings["format"] = format_by_name(settings.get("output")) or settings["format"]
+        settings["format"] = _format_by_name(ctx, settings.get("output")) or settings["format"]
     if settings.pop("at-init", False):
         if settings.get("trained"):
             raise UsageError("--at-init and --trained exclude each other: give one of them")
@@ -211,9 +236,15 @@ def effective(ctx: click.Context, configured: Mapping[str, Any]) -> dict[str, An
 _FORMATS_BY_NAME = {".html": "html", ".json": "json", ".sarif": "sarif", ".md": "markdown"}
 
 
-def format_by_name(file: str | None) -> str | None:
-    """The format that an output file's name asks for, where no --format is given."""
-    return _FORMATS_BY_NAME.get(Path(file).suffix.lower()) if file else None
+def _format_by_name(ctx: click.Context, file: str | None) -> str | None:
+    """The format that an output file's name asks for, where no --format is given. UsageError: the command has none."""
+    name = _FORMATS_BY_NAME.get(Path(file).suffix.lower()) if file else None
+    kinds = next(param.type for param in ctx.command.params if param.name == "format")
+    if name and isinstance(kinds, Word) and name not in kinds.choices:
+        raise UsageError(
+            f"{file}: {ctx.command_path} doesn't write {name}: --format is one of {', '.join(kinds.choices)}"
+        )
+    return name
 
 
 def to_options(settings: Mapping[str, Any]) -> Options:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,9 +44,11 @@ def tell(kind: str, message: str) -> None:
     print(f"gradlint: {kind}: {prose(message)}", file=sys.stderr)
 
 
-def check_target(path: str) -> None:
-    """Raises UsageError where a file can't be written for certain: known before the work, not after."""
+def check_target(path: str, models: Iterable[str] = ()) -> None:
+    """Raises UsageError where a file can't be written for certain, or is one of the models: known before the work."""
     target = Path(path)
+    if target.exists() and any(os.path.exists(model) and target.samefile(model) for model in models):
+        raise UsageError(f"can't write {path}: it is the model itself: give another file")
     if target.is_dir():
         raise UsageError(f"can't write {path}: it is a folder: give a file")
     if not target.parent.is_dir():

@@ -15,6 +15,7 @@ from gradlint.fact_table import Fact, Subject
 from gradlint.graph import MOVES, WeightUse, constant_array, dims, is_float, op, trainable
 from gradlint.patterns import array_behind, onward, rescaled
 from gradlint.structure import KERNEL_OPS, Bypasses
+from gradlint.subgraphs import subgraphs
 from gradlint.transfer import BLOCKED
 
 _NORMS = frozenset({"BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization",
@@ -251,17 +252,7 @@ def disconnected_weights(graph: ir.Graph) -> list[ir.Value]:
     for node in reversed(list(graph)):
         if _any(node, needed):
             needed.update(v for v in node.inputs if v is not None)
-            for inner in _inner_graphs(node):
+            for inner in subgraphs(node):
                 needed.update(v for n in inner.all_nodes() for v in n.inputs if v is not None)
                 needed.update(inner.outputs)
     return [v for v in graph.initializers.values() if v not in needed and trainable(v) and len(v.shape or ()) >= 2]
-
-
-def _inner_graphs(node: ir.Node) -> list[ir.Graph]:
-    found: list[ir.Graph] = []
-    for attr in node.attributes.values():
-        if attr.type == ir.AttributeType.GRAPH:
-            found.append(attr.as_graph())
-        elif attr.type == ir.AttributeType.GRAPHS:
-            found.extend(attr.as_graphs())
-    return found

@@ -32,7 +32,7 @@ class Source:
     line: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a deep network has millions
 class Blame:
     """The share of a decay that one node takes: `decades` (log10, negative shrinks) of `op_type` at `node`."""
 
@@ -108,7 +108,7 @@ class LayerRow:
     proved: Mapping[str, Any] = field(default_factory=dict)
     estimated: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
-    blame: tuple[Blame, ...] = ()
+    blame: tuple[Blame, ...] | None = ()  # None: left out, in a deep network where no finding speaks of the layer
     pictures: tuple[Picture, ...] | None = None  # None: not asked for
 
 
@@ -169,6 +169,14 @@ class Coverage:
     estimated: int
     measured: int
     unmodelled: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why there is no report, in one line for the user. path: the model's, empty where it is no model's."""
+
+    message: str
+    path: str = ""
 
 
 @dataclass(frozen=True)

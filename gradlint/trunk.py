@@ -15,6 +15,8 @@ from gradlint.results import Blame
 
 Figures = Mapping[ir.Value, float]
 TINY = 1e-300
+# Decades that the parts left out of a blame come to, all together.
+SLACK = 5e-4
 
 
 def levels(graph: ir.Graph) -> dict[ir.Node, int]:
@@ -55,14 +57,13 @@ def blame(
     edges: Mapping[tuple[ir.Node, int], float],
     cotangent: float,
     targets: Sequence[ir.Value],
-    limit: int = 400,
 ) -> dict[ir.Value, tuple[Blame, ...]]:
     """Split log10(norm(v) / cotangent) of each target over the nodes between it and the outputs.
 
     With w_e the share of consumer e in the second moment of a value's gradient:
-    log q(v) = sum_e w_e (log q(out_e) + gain_e), which telescopes, so the parts sum to the decay exactly (a node's own
-    input value counts as passed unchanged where its norm is not known). edges: squared norm sent back per (node,
-    input). Keeps the `limit` largest parts.
+    log q(v) = sum_e w_e (log q(out_e) + gain_e), which telescopes, so the parts sum to the decay, but for the
+    smallest ones (`SLACK`); a node's own input value counts as passed unchanged where its norm is not known. edges:
+    squared norm sent back per (node, input).
     """
     order = [n for n in graph if any(o in norms for o in n.outputs) or n.outputs]
     index = {node: k for k, node in enumerate(order)}
@@ -78,7 +79,7 @@ def blame(
             vector = _parts(value, log, edges, parts, index, base)
             parts[value] = vector
             if value in wanted:
-                found[value] = _largest(vector, order, limit)
+                found[value] = _essential(vector, order)
         for value in node.outputs:  # what lies behind is no longer needed by anyone before
             for use in value.uses():
                 for output in use.node.outputs:
@@ -142,10 +143,11 @@ def _parts(
     return vector
 
 
-def _largest(vector: np.ndarray, order: Sequence[ir.Node], limit: int) -> tuple[Blame, ...]:
-    rows = [(int(k), float(vector[k])) for k in np.nonzero(np.abs(vector) > 5e-4)[0]]
-    rows = sorted(sorted(rows, key=lambda r: -abs(r[1]))[:limit])
-    return tuple(Blame(str(order[k].name), order[k].op_type, round(d, 6)) for k, d in rows)
+def _essential(vector: np.ndarray, order: Sequence[ir.Node]) -> tuple[Blame, ...]:
+    sizes = np.where(np.isnan(vector), 0.0, np.abs(vector))
+    smallest_first = np.argsort(sizes, kind="stable")
+    kept = smallest_first[np.cumsum(sizes[smallest_first]) > SLACK]
+    return tuple(Blame(str(order[k].name), order[k].op_type, round(float(vector[k]), 6)) for k in sorted(kept.tolist()))
 
 
 def depths(graph: ir.Graph) -> Callable[[ir.Node], float]:

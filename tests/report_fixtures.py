@@ -11,6 +11,7 @@ from gradlint.report import render
 from gradlint.results import (
     Blame,
     Coverage,
+    Fault,
     Finding,
     Fix,
     LayerRow,
@@ -191,6 +192,11 @@ def hostile() -> Report:
     return Report(Summary("fail", math.nan, "init", counts, HOSTILE_NAMES[0]), model, settings,
                   Coverage(12, 3, 2, dict.fromkeys(HOSTILE_NAMES, 1)), tuple(layers), weights, findings,
                   _TIMING)  # fmt: skip
+
+
+def faults() -> tuple[Fault, ...]:
+    """A model that was not checked, and one for each hostile name."""
+    return (Fault("nets/cut.onnx: truncated", "nets/cut.onnx"), *(Fault(f"{n}: broken {n}", n) for n in HOSTILE_NAMES))
 
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"

@@ -16,7 +16,7 @@ import pytest
 from command import DEAD, RELU, SAMPLES, SIGMOID, environment, gradlint
 
 from gradlint.cli import cli
-from gradlint.report import FORMATS
+from gradlint.report import FORMATS, TELL_FAULTS
 
 HEAVY = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "numpy")
 
@@ -110,6 +110,8 @@ def test_an_interrupt_exits_130_without_a_traceback(more: tuple[str, ...], tmp_p
         ("m.onnx --html nowhere/x.html", "there is no folder nowhere"),
         ("m.onnx", "m.onnx: no such file"),
         ("rul", "did you mean rule?"),
+        ("chek m.onnx", "did you mean check?"),
+        ("diff m.onnx n.onnx -o d.sarif", "d.sarif: gradlint diff doesn't write sarif: --format is one of full"),
         ("*.onnx", "no file matches"),
         (".", "is a directory without .onnx files"),
         ("rule vanishing", "did you mean vanishing-gradient"),
@@ -119,6 +121,24 @@ def test_an_interrupt_exits_130_without_a_traceback(more: tuple[str, ...], tmp_p
 )
 def test_wrong_usage_is_one_line_that_says_what_to_do(arguments: str, says: str, tmp_path: Path) -> None:
     assert says in _error(gradlint(*arguments.split(), cwd=tmp_path))
+
+
+def test_an_empty_name_is_no_folder(tmp_path: Path) -> None:
+    assert "a model's name is empty" in _error(gradlint("", cwd=tmp_path))
+    assert "a model's name is empty" in _error(gradlint(RELU, "", cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["m.onnx -o", "m.onnx --html", "nets -o", "baseline m.onnx -o", "diff m.onnx n.onnx -o", "differentiate m.onnx -o"],
+)
+def test_a_model_is_never_written_over(arguments: str, tmp_path: Path) -> None:
+    for name in ("m.onnx", "n.onnx", "nets/m.onnx"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(RELU, tmp_path / name)
+    target = "nets/../nets/m.onnx" if arguments.startswith("nets") else "./m.onnx"
+    assert "it is the model itself" in _error(gradlint(*arguments.split(), target, cwd=tmp_path))
+    assert (tmp_path / target).read_bytes() == Path(RELU).read_bytes()
 
 
 def test_names_from_outside_reach_the_terminal_escaped(tmp_path: Path) -> None:
@@ -157,6 +177,16 @@ def test_one_bad_model_does_not_take_the_others_along(tmp_path: Path) -> None:
     assert _error(run).startswith(f"gradlint: error: {bad}: ")
     reports = json.loads((tmp_path / "out.json").read_text())
     assert [report["model"]["path"] for report in reports] == [SIGMOID, RELU]
+
+
+@pytest.mark.parametrize("format", sorted(TELL_FAULTS))
+def test_a_bad_model_is_told_in_the_file_that_ci_reads(format: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"\x08")
+    for models in (["bad.onnx"], ["bad.onnx", SIGMOID]):
+        run = gradlint(*models, "--format", format, "--no-probe", "-o", "out", cwd=tmp_path)
+        assert _error(run).startswith("gradlint: error: bad.onnx: ")
+        assert run.stderr.removeprefix("gradlint: error: ").strip() in (tmp_path / "out").read_text()
+    assert "digits_sigmoid.onnx" in (tmp_path / "out").read_text().replace("\\", "")
 
 
 def test_json_is_a_list_whenever_several_models_were_asked_for(tmp_path: Path) -> None:
@@ -209,8 +239,10 @@ def test_several_outputs_in_one_run(tmp_path: Path) -> None:
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert "No space left" in _error(gradlint(RELU, "--no-probe", "-o", "/dev/full"))
     with open("/dev/full", "w") as full:
-        run = gradlint(RELU, "--no-probe", stdout=full)
-    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+        for arguments in ((RELU, "--no-probe"), ("check", "--help")):
+            run = gradlint(*arguments, stdout=full)
+            assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+            assert "can't write to standard output: No space left" in run.stderr
     (tmp_path / "report.json").mkdir()
     assert "it is a folder" in _error(gradlint(RELU, "-o", tmp_path / "report.json"))
     assert list(tmp_path.iterdir()) == [tmp_path / "report.json"]
@@ -297,6 +329,20 @@ def test_every_option_is_an_environment_variable(option: click.Option, monkeypat
     params = cli.commands["check"].make_context("check", ["net.onnx"]).params
     assert params[str(option.name)] == (option.type.convert("1", option, None) if value is None else value)
     assert params[str(option.name)] != option.get_default(click.Context(cli))
+
+
+def test_a_variable_for_check_says_nothing_of_what_other_commands_write(tmp_path: Path) -> None:
+    env = {"GRADLINT_FORMAT": "sarif", "GRADLINT_OUTPUT": "report.sarif", "GRADLINT_NO_PROBE": "1"}
+    run = gradlint("diff", RELU, RELU, env=env, cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(RELU)
+    assert "Missing option" in _error(gradlint("differentiate", RELU, env=env, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    own = {"GRADLINT_DIFF_FORMAT": "json", "GRADLINT_DIFF_MAX_LOSS": "1", "GRADLINT_NO_PROBE": "1"}
+    run = gradlint("diff", RELU, SIGMOID, env=own)
+    assert run.returncode == 1
+    assert json.loads(run.stdout)
+    assert gradlint("ops", env={"GRADLINT_VERSION": "0.1.0"}).stdout.startswith("operator")
 
 
 # -- the other commands ------------------------------------------------------------------------------------------------

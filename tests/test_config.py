@@ -32,6 +32,12 @@ def test_the_nearest_file_that_speaks_of_gradlint_is_found(tmp_path: Path) -> No
     assert find_config(tmp_path / "nets" / "deep") == inner
 
 
+def test_files_of_windows_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "gradlint.toml"
+    path.write_bytes(b'\xef\xbb\xbffail-on = "warning"\r\nignore = ["GL8"]\r\n')
+    assert read_config(path) == {"fail-on": "warning", "ignore": ["GL8"]}
+
+
 def test_paths_start_at_the_folder_of_their_file(tmp_path: Path) -> None:
     path = _write(tmp_path, 'rules = ["own", "/elsewhere"]\nbaseline = "known.json"\n')
     assert read_config(path) == {

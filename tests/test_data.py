@@ -194,3 +194,9 @@ def test_a_one_hot_code_written_out_bounds_its_ids() -> None:
         "<int64[1] last = {2}, int64[1, 1, 7] classes = {0, 1, 2, 3, 4, 5, 6}>",
     )
     assert set(synthetic(graph, 0, {})["ids"].reshape(-1)) == {2, 3, 4, 5, 6}
+
+
+def test_a_file_of_another_kind_is_refused_without_advice_to_trust_it(tmp_path: Path) -> None:
+    (tmp_path / "d.npz").write_text("x,y\n1,2\n")
+    with pytest.raises(DataError, match=r"d\.npz: not a readable \.npz or \.npy file of numbers$"):
+        read(tmp_path / "d.npz", graph_of(PLAIN))

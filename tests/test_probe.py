@@ -91,6 +91,15 @@ def test_a_custom_operator_skips_the_probe_and_keeps_the_report() -> None:
     assert all("grad_norm" in row.estimated for row in report.layers)
 
 
+def test_a_model_of_integer_outputs_is_told_to_export_its_logits() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]> net (float[N, 4] x) => (int64[N] y) <float[4, 3] w = {%s}>
+    { logits = MatMul(x, w)
+      y = ArgMax <axis = 1, keepdims = 0> (logits) }"""
+    report = gradlint.check(onnx.parser.parse_model(text % ", ".join(f"{k}.5" for k in range(12))))
+    (fix,) = next(finding.fixes for finding in report.findings if finding.code == "GL902")
+    assert fix.text.startswith("Export the model up to its logits. PyTorch: `torch.onnx.export(")
+
+
 def test_half_precision_models_run_in_single_precision() -> None:
     plain, half = gradlint.check(mlp(seed=3)), gradlint.check(mlp(seed=3, half=True))
     np.testing.assert_allclose(norms(plain), norms(half), rtol=0.02)

@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 
 import pytest
 from markdown_it import MarkdownIt
-from report_fixtures import healthy_resnet, hostile, sigmoid_chain
+from report_fixtures import faults, healthy_resnet, hostile, sigmoid_chain
 
 from gradlint.exceptions import UsageError
 from gradlint.report import FORMATS, render
-from gradlint.results import Finding, Report, Source
+from gradlint.results import Fault, Finding, Report, Source
 
 
 def test_json_is_an_object_for_one_model_and_a_list_for_several() -> None:
@@ -102,6 +102,52 @@ def test_sarif_uris_are_quoted() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9._~/%-]+|file:///[A-Za-z0-9._~/%-]+", uri) for uri in uris)
 
 
+def test_sarif_of_a_run_that_missed_a_model_did_not_succeed() -> None:
+    def invocation(*missed: Fault) -> dict:
+        return json.loads(render([healthy_resnet()], "sarif", faults=missed))["runs"][0]["invocations"][0]
+
+    assert invocation() == {"executionSuccessful": True}
+    (told,) = invocation(faults()[0])["toolExecutionNotifications"]
+    assert invocation(faults()[0])["executionSuccessful"] is False
+    assert (told["level"], told["message"]["text"]) == ("error", "nets/cut.onnx: truncated")
+    assert told["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "nets/cut.onnx"
+
+
+def test_github_annotates_models_that_were_not_checked_first() -> None:
+    lines = render([sigmoid_chain(50)], "github", faults=faults()).splitlines()
+    assert lines[0] == "::error file=nets/cut.onnx,title=not checked::nets/cut.onnx: truncated"
+    assert sum(line.startswith("::error ") for line in lines) == 10
+    assert "gradlint: 5 more errors without an annotation" in lines
+    assert "gradlint: nets/cut.onnx: not checked" in lines
+    assert all(re.match(r"(::(error|warning|notice) file=|gradlint: )", line) for line in lines)
+    assert not any("##[" in line for line in lines)
+
+
+def test_gitlab_blocks_on_models_that_were_not_checked() -> None:
+    issues = json.loads(render([sigmoid_chain(3)], "gitlab", faults=faults()))
+    assert [issue["severity"] for issue in issues[: len(faults())]] == ["blocker"] * len(faults())
+    assert issues[0]["location"]["path"] == "nets/cut.onnx"
+    assert len({issue["fingerprint"] for issue in issues}) == len(issues)
+
+
+def test_junit_has_a_case_in_error_for_a_model_that_was_not_checked() -> None:
+    root = ElementTree.fromstring(render([sigmoid_chain(3)], "junit", faults=faults()[:1]))
+    assert {key: root.get(key) for key in ("tests", "failures", "errors")} == {
+        "tests": "3",
+        "failures": "2",
+        "errors": "1",
+    }
+    (error,) = root.findall("testsuite[@name='nets/cut.onnx']/testcase/error")
+    assert error.get("message") == "nets/cut.onnx: truncated"
+
+
+def test_a_comment_tells_models_that_were_not_checked_first() -> None:
+    lines = render([healthy_resnet(1)], "markdown", faults=faults()[:1] * 30).splitlines()
+    assert lines[0] == "- 🛑 **not checked** nets/cut.onnx: truncated"
+    assert lines[20] == "- and 10 more models not checked"
+    assert "### ✅ **pass** resnet.onnx (risk 0.03)" in lines
+
+
 def test_github_annotates_ten_of_a_level_and_says_how_many_are_left() -> None:
     lines = render([sigmoid_chain(50)], "github").splitlines()
     assert sum(line.startswith("::error ") for line in lines) == 2
@@ -140,7 +186,8 @@ def test_junit_fails_per_finding_and_passes_a_clean_model() -> None:
 
 
 def test_markdown_shows_hostile_names_as_text() -> None:
-    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(render([hostile()], "markdown"))
+    text = render([hostile()], "markdown", faults=faults())
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
     tags = {tag.lower() for tag in re.findall(r"</?([a-zA-Z][a-zA-Z0-9]*)", html)}
     assert tags <= {"h3", "p", "ul", "li", "strong", "code", "pre", "details", "summary", "sub"}
 

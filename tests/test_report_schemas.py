@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import xmlschema
 from command import ROOT, SAMPLES
-from report_fixtures import healthy_resnet, hostile, sigmoid_chain
+from report_fixtures import faults, healthy_resnet, hostile, sigmoid_chain
 
 import gradlint
 from gradlint.exceptions import UsageError
@@ -71,6 +71,8 @@ def test_every_report_is_valid(format: str) -> None:
 
     for reports in _all():
         validate(render(reports, format))
+    for reports in ([], [healthy_resnet()]):
+        validate(render(reports, format, faults=faults()))
 
 
 def test_the_schemas_refuse_what_is_wrong() -> None:

@@ -7,26 +7,35 @@ from collections.abc import Sequence
 from gradlint.report.headline import counts_phrase, risk_phrase
 from gradlint.report.location import Located, located
 from gradlint.report.text import count, escape, label, prose
-from gradlint.results import LEVELS, Report
+from gradlint.results import LEVELS, Fault, Report
 
 # A step shows no more annotations of a level.
 MOST = 10
 _COMMANDS = {"error": "error", "warning": "warning", "note": "notice"}
 
 
-def render(reports: Sequence[Report]) -> str:
-    """At most `MOST` annotations per level, the worst findings first, then a line per model for the log."""
+def render(reports: Sequence[Report], faults: Sequence[Fault] = ()) -> str:
+    """At most `MOST` annotations per level, the worst first, then a line per model for the log.
+
+    A model that was not checked is worse than an error found.
+    """
     places = located(reports)
     lines = []
     for level in LEVELS:
-        of_level = [place for place in places if place.finding.level == level]
-        lines += [_command(place) for place in of_level[:MOST]]
-        if len(of_level) > MOST:
-            lines.append(f"gradlint: {count(len(of_level) - MOST, f'more {level}')} without an annotation")
+        commands = [_fault(fault) for fault in faults] if level == "error" else []
+        commands += [_command(place) for place in places if place.finding.level == level]
+        lines += commands[:MOST]
+        if len(commands) > MOST:
+            lines.append(f"gradlint: {count(len(commands) - MOST, f'more {level}')} without an annotation")
     for report in reports:
         facts = f"{report.summary.verdict}, {risk_phrase(report)}, {counts_phrase(report)}"
         lines.append(f"gradlint: {_inert(label(report.model.path))}: {facts}")
+    lines += [f"gradlint: {_inert(label(fault.path))}: not checked" for fault in faults]
     return "".join(line + "\n" for line in lines)
+
+
+def _fault(fault: Fault) -> str:
+    return f"::error file={_property(fault.path)},title=not checked::{_data(prose(fault.message))}"
 
 
 def _command(place: Located) -> str:

@@ -60,7 +60,7 @@ def finding_blame(report: Report, finding: Finding) -> tuple[Blame, ...]:
     """The blame of the layer a chain rule (GL2xx) speaks of; nothing for rules about one place."""
     if not finding.code.startswith("GL2") or finding.layer is None:
         return ()
-    return next((row.blame for row in report.layers if row.name == finding.layer), ())
+    return next((row.blame or () for row in report.layers if row.name == finding.layer), ())
 
 
 def ranked(findings: Sequence[Finding]) -> list[Finding]:
@@ -171,8 +171,8 @@ def _blame(report: Report, finding: Finding) -> tuple[Blame, ...]:
     """The blame of the finding's layer, else of the worst layer."""
     rows: dict[str | None, LayerRow] = {row.name: row for row in report.layers}
     for name in (finding.layer, report.summary.worst_layer):
-        if name in rows and rows[name].blame:
-            return rows[name].blame
+        if name in rows and (blame := rows[name].blame):
+            return blame
     return ()
 
 

@@ -35,13 +35,17 @@ def _all(reports: Sequence[Report]) -> Iterator[Located]:
     seen: Counter[str] = Counter()
     for report in reports:
         for finding in report.findings:
-            key = "\0".join((report.model.path, finding.code, finding.fingerprint))
-            identity = hashlib.sha256(key.encode("utf-8", "backslashreplace")).hexdigest()[:32]
+            identity = digest(report.model.path, finding.code, finding.fingerprint)
             seen[identity] += 1
             source = finding.source
             inside = source is not None and source.line > 0 and _is_inside(source.file)
             path, line = (source.file, source.line) if source and inside else (report.model.path, None)
             yield Located(report, finding, path, line, f"{identity}:{seen[identity]}")
+
+
+def digest(*parts: str) -> str:
+    """What tells texts from others, in 32 digits."""
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "backslashreplace")).hexdigest()[:32]
 
 
 def _is_inside(path: str) -> bool:

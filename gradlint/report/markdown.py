@@ -17,18 +17,25 @@ from gradlint.report.headline import (
 )
 from gradlint.report.terminal import ladder
 from gradlint.report.text import count, label, prose
-from gradlint.results import Finding, Report
+from gradlint.results import Fault, Finding, Report
 
-# A comment holds 65,536 characters: this many findings are told per model, this many models in full.
+# A comment holds 65,536 characters: this many findings are told per model, this many models in full, this many faults.
 MOST_FINDINGS = 12
 MOST_MODELS = 8
+MOST_FAULTS = 20
 _SIGNS = {"fail": "❌", "warn": "⚠️", "pass": "✅"}
 
 
-def render(reports: Sequence[Report]) -> str:
-    """A section per model, with one note per rule; of several models those that pass take one line each, at the end."""
+def render(reports: Sequence[Report], faults: Sequence[Fault] = ()) -> str:
+    """A section per model, with one note per rule; of several models those that pass take one line each, at the end.
+
+    Models that were not checked come first.
+    """
     told = [report for report in reports if len(reports) == 1 or report.summary.verdict != "pass"]
-    lines: list[str] = []
+    lines = [f"- 🛑 **not checked** {inert(prose(fault.message))}" for fault in faults[:MOST_FAULTS]]
+    if len(faults) > MOST_FAULTS:
+        lines.append(f"- and {count(len(faults) - MOST_FAULTS, 'more model')} not checked")
+    lines += [""] if faults else []
     for report in told[:MOST_MODELS]:
         lines += _section(report)
     for report in [r for r in reports if r not in told] + told[MOST_MODELS:]:

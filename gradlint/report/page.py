@@ -26,7 +26,7 @@ from gradlint.report.ladder import STARVED, STRONG, WEAK, Fold, Rung, axis, rung
 from gradlint.report.modules import Group, tree
 from gradlint.report.pictures import Drawing, drawings, legend, pictured, ridges
 from gradlint.report.text import count, decades, figure, label, number, prose
-from gradlint.results import Finding, Report, WeightRow
+from gradlint.results import Fault, Finding, Report, WeightRow
 
 # Rows up to which groups are unfolded at first.
 _OPEN_ROWS = 80
@@ -94,13 +94,15 @@ class Step:
     kind: str
 
 
-def render(reports: Sequence[Report]) -> str:
+def render(reports: Sequence[Report], faults: Sequence[Fault] = ()) -> str:
     """One page for all reports; it loads nothing, and everything on it can be read without its script."""
     codes = {finding.rule: finding.code for report in reports for finding in report.findings}
     rules = sorted((label(code, 20), rule) for rule, code in codes.items())
     return document(
         "page.html",
         models=[_model(report, f"m{i}") for i, report in enumerate(reports)],
+        faults=[prose(fault.message) for fault in faults],
+        total=count(len(reports) + len(faults), "model"),
         explanations=[(code, rule, explain.slug(rule), text) for code, rule in rules if (text := explain.markup(rule))],
     )
 

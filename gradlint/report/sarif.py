@@ -12,7 +12,7 @@ from urllib.parse import quote
 from gradlint.report import explain
 from gradlint.report.location import Located, located
 from gradlint.report.text import escape, label, prose
-from gradlint.results import Report
+from gradlint.results import Fault, Report
 
 SCHEMA_URI = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 # Code scanning shows this many results of a run, and refuses runs with more than five times as many.
@@ -20,8 +20,8 @@ MOST_RESULTS = 5000
 _SEVERITY = {"error": "error", "warning": "warning", "note": "recommendation"}
 
 
-def render(reports: Sequence[Report]) -> str:
-    """One run with the findings of all reports, the worst first.
+def render(reports: Sequence[Report], faults: Sequence[Fault] = ()) -> str:
+    """One run with the findings of all reports, the worst first; it failed where a model was not checked.
 
     Alerts are told apart by a fingerprint of ours: hashes of lines are alike for every finding in a binary file.
     """
@@ -36,12 +36,24 @@ def render(reports: Sequence[Report]) -> str:
             }
         },
         "columnKind": "utf16CodeUnits",
-        "invocations": [{"executionSuccessful": True}],
+        "invocations": [_invocation(faults)],
         "artifacts": [{"location": {"uri": _uri(report.model.path)}} for report in reports],
         "results": [_result(place, codes.index(place.finding.code)) for place in places],
     }
     log = {"$schema": SCHEMA_URI, "version": "2.1.0", "runs": [run]}
     return json.dumps(log, indent=1, allow_nan=False).replace("\x7f", "\\u007f") + "\n"
+
+
+def _invocation(faults: Sequence[Fault]) -> dict[str, Any]:
+    told = [
+        {
+            "level": "error",
+            "message": {"text": prose(fault.message)},
+            "locations": [{"physicalLocation": {"artifactLocation": {"uri": _uri(fault.path)}}}],
+        }
+        for fault in faults
+    ]
+    return {"executionSuccessful": not faults} | ({"toolExecutionNotifications": told} if told else {})
 
 
 def _rule(place: Located) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
-from report_fixtures import healthy_resnet, hostile, with_pictures
+from report_fixtures import faults, healthy_resnet, hostile, with_pictures
 
 from gradlint.report import render
 
@@ -29,7 +29,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     sides = SAMPLES / "digits_relu.onnx", SAMPLES / "digits_sigmoid.onnx"
     _gradlint("diff", *sides, "--html", folder / "changed.html")
     (folder / "deep.html").write_text(render([with_pictures(healthy_resnet(200), each=3)], "html"), "utf-8")
-    (folder / "hostile.html").write_text(render([hostile()], "html"), "utf-8")
+    (folder / "hostile.html").write_text(render([hostile()], "html", faults=faults()), "utf-8")
     return {path.stem: path.as_uri() for path in folder.iterdir()}
 
 

@@ -54,6 +54,15 @@ def test_nothing_runs_over_the_edge(model: str, width: int, pages: dict[str, str
     page.context.close()
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("model", ["digits_sigmoid", "changed"])
+def test_the_axis_stands_over_its_bars(model: str, width: int, pages: dict[str, str], browser: Browser) -> None:
+    page = _open(browser, pages[model], viewport={"width": width, "height": 900})
+    boxes = [page.locator(f".ladder {place} svg").first.bounding_box() for place in (".scale .bar", "tbody .bar")]
+    scale, bar = ((round(box["x"]), round(box["width"])) for box in boxes if box)
+    assert scale == bar
+
+
 def test_the_dark_page_is_dark(pages: dict[str, str], browser: Browser) -> None:
     shades = {}
     for scheme in ("light", "dark"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +28,7 @@ from gradlint.ops.attention_products import (
     mixture_pullback,
     swap,
 )
+from gradlint.runs import entries
 from gradlint.transfer import Context, over_tokens, product, row, summed
 
 Values = Sequence[ir.Value | None]
@@ -35,21 +37,13 @@ _ROW = 1 << 12  # of which next to each other
 
 
 def times(v: Array, w: np.ndarray, power: int = 1) -> Array:
-    """v @ w**power over the last axis of v, in blocks of rows: no second copy of a large matrix.
-
-    Where one token differs from the rest (a class token), equal neighbours are multiplied once.
-    """
-    if w.ndim == 2 and v.ndim > 1 and v.shape[-2] > 4:
-        same = (v[..., 1:, :] == v[..., :-1, :]).all(axis=tuple(a for a in range(v.ndim) if a != v.ndim - 2))
-        starts = np.concatenate([[0], 1 + np.flatnonzero(~same)])
-        if len(starts) <= v.shape[-2] // 2:
-            lengths = np.diff([*starts, v.shape[-2]])
-            return np.repeat(times(v[..., starts, :], w, power), lengths, axis=-2)
+    """v @ w**power over the last axis of v, in blocks of rows: no second copy of a large matrix."""
     if v.shape[-1] != w.shape[-2]:
         v = np.broadcast_to(v, (*v.shape[:-1], w.shape[-2]))
     if w.ndim > 2 or w.size <= _BLOCK:
         return np.matmul(v, (w if power == 1 else np.square(w, dtype=np.float32)).astype(v.dtype, copy=False))
-    return _streamed(v, w, power)
+    (v, _), wrap = entries(v, w[:, 0])
+    return cast(Array, wrap(_streamed(v, w, power)))
 
 
 def _streamed(v: Array, w: np.ndarray, power: int) -> Array:
@@ -76,13 +70,13 @@ def _streamed(v: Array, w: np.ndarray, power: int) -> Array:
 def _squares(parts: Sequence[Array], w: np.ndarray) -> list[Array]:
     """Each part times w squared; all of them in one pass over w, none for what is zero."""
     live = [k for k, part in enumerate(parts) if part.any()]
-    shape = np.broadcast_shapes(*(part.shape for part in parts))
-    found = [np.zeros((1,) * len(shape)) for _ in parts]
+    found = [np.zeros((1,) * max(part.ndim for part in parts)) for _ in parts]
     if w.ndim > 2:
         for k in live:
             found[k] = times(parts[k], w, 2)
     elif live:
-        for k, part in zip(live, times(np.stack([np.broadcast_to(parts[k], shape) for k in live]), w, 2), strict=True):
+        together = np.stack(np.broadcast_arrays(*(parts[k] for k in live)))
+        for k, part in zip(live, times(together, w, 2), strict=True):
             found[k] = part
     return found
 

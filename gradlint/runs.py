@@ -117,8 +117,13 @@ def encoded(values: Array, counts: Counts) -> Array:
 
 
 def grouped(*arrays: Array) -> tuple[int, ...]:
-    """The axes, common to the arrays, along which one keeps runs: those of positions, told apart in groups."""
-    return tuple(sorted({k for a in arrays if isinstance(a, Runs) for k, c in enumerate(a.counts) if c is not None}))
+    """The axes along which one of the arrays, of the same rank, keeps runs: positions told apart in groups."""
+    return tuple(k for k in range(arrays[0].ndim) if any(_along(a, k) is not None for a in arrays))
+
+
+def positional(axis: int, *arrays: Array) -> bool:
+    """Do the arrays take an axis for one of positions, telling apart groups of them at most?"""
+    return all(a.shape[axis] == 1 or axis % a.ndim in grouped(a) for a in arrays)
 
 
 def stored(*arrays: Array) -> int:
@@ -130,7 +135,8 @@ def stored(*arrays: Array) -> int:
 
 def common(*arrays: Array) -> Counts:
     """Per axis, counted from the last, the runs within which none of the arrays changes."""
-    return tuple(_merged([_along(a, k) for a in arrays if _size(a, k) > 1]) for k in range(-max(map(np.ndim, arrays)), 0))
+    rank = max(map(np.ndim, arrays))
+    return tuple(_merged([_along(a, k) for a in arrays if _size(a, k) > 1]) for k in range(-rank, 0))
 
 
 def entries(*arrays: Any) -> tuple[list[Any], Callable[[Any], Any]]:
@@ -230,9 +236,7 @@ def _fits(a: Any, counts: Counts) -> bool:
     if type(a) is Runs:
         return a.counts == counts
     rank = np.ndim(a)
-    return rank <= len(counts) and all(
-        counts[k] is None or a.shape[k] == 1 for k in range(-rank, 0)
-    )
+    return rank <= len(counts) and all(counts[k] is None or a.shape[k] == 1 for k in range(-rank, 0))
 
 
 def _refined(a: Any, counts: Counts) -> Any:
@@ -288,9 +292,7 @@ def _matmul(a: Array, b: Array) -> Array:
     """The sum over the common axis takes every run as often as it is long."""
     if min(np.ndim(a), np.ndim(b)) < 2 or a.shape[-1] != b.shape[-2]:
         return np.matmul(_full(a), _full(b))
-    lead = tuple(
-        _merged([_along(x, k) for x in (a, b) if _size(x, k) > 1]) for k in range(-max(a.ndim, b.ndim), -2)
-    )
+    lead = tuple(_merged([_along(x, k) for x in (a, b) if _size(x, k) > 1]) for k in range(-max(a.ndim, b.ndim), -2))
     inner = _merged([_along(a, -1), _along(b, -2)]) if a.shape[-1] > 1 else None
     x = _refined(a, (*lead, _along(a, -2), inner))
     y = _refined(b, (*lead, inner, _along(b, -1)))
@@ -350,8 +352,9 @@ def _reshaped(a: Runs, shape: tuple[int, ...]) -> Array:
     if -1 in shape:
         known = math.prod(n for n in shape if n != -1)
         shape = tuple(a.size // max(1, known) if n == -1 else n for n in shape)
-    pairs, kept, sizes, counts = groups(a.shape, shape), list(a.counts), list(shape), [None] * len(shape)  # type: ignore[var-annotated]
-    for left, right in pairs:
+    kept, sizes = list(a.counts), list(shape)
+    counts: list[tuple[int, ...] | None] = [None] * len(shape)
+    for left, right in groups(a.shape, shape):
         entered = [k for k in left if a.counts[k] is not None]
         if not entered:
             continue

@@ -339,8 +339,8 @@ def summed(ctx: Context, g: Gradient, value: ir.Value, small: tuple[int, ...], *
     """Second moment of a gradient shaped like `value`, summed down to the shape `small` that was broadcast to it.
 
     Over n positions, or groups of them, a shared part adds coherently (n^2), a local part incoherently (n), a balanced
-    part to zero; units add incoherently. What goes into a `constant` (a weight) is also summed over the examples, which the loss's
-    1/sqrt(B) undoes. Where positions remain, what was the same at all of them still is.
+    part to zero; units add incoherently. What goes into a `constant` (a weight) is also summed over the examples, which
+    the loss's 1/sqrt(B) undoes. Where positions remain, what was the same at all of them still is.
     """
     shape = dims(value)
     if shape is None:

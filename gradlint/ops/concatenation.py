@@ -17,7 +17,7 @@ from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, dims
 from gradlint.ops.shape import LARGEST, averaged, lifted, move_bound, parts, resolution, rest
-from gradlint.runs import entries, grouped, settled, side_by_side, stored
+from gradlint.runs import entries, positional, settled, side_by_side, stored
 from gradlint.transfer import Context, row
 
 Values = Sequence[ir.Value | None]
@@ -72,16 +72,11 @@ def mixed(xs: Sequence[Moments], sizes: Sequence[int], axis: int) -> Moments:
 # -- Concat ------------------------------------------------------------------------------------------------------------
 
 
-def of_positions(axis: int, *arrays: Array) -> bool:
-    """Do the arrays take an axis for one of positions, telling apart groups of them at most?"""
-    return all(a.shape[axis] == 1 or axis in grouped(a) for a in arrays)
-
-
 def _unresolved(xs: Sequence[Moments], axis: int) -> bool:
     """Is `axis` one of positions for all inputs that vary, while another axis is resolved?"""
     sizes = [resolution(*parts(x)) for x in xs]
     others = any(n > 1 for s in sizes for k, n in enumerate(s) if k != axis)
-    return others and all(of_positions(axis, *parts(x)) for x in xs)
+    return others and all(positional(axis, *parts(x)) for x in xs)
 
 
 def _alike(ctx: Context, x: Moments, shape: tuple[int, ...], value: ir.Value | None) -> Moments:
@@ -244,7 +239,7 @@ def placed(g: Gradient, x: Moments | None, axis: int, where: slice, size: int) -
     if m == n:
         return g
     arrays = [a for a in (g.shared, g.local, *(parts(x) if x is not None else ())) if a.ndim > axis]
-    if (m == 1 or max(a.shape[axis] for a in arrays) > 1) and step == 1 and of_positions(axis, *arrays):
+    if (m == 1 or max(a.shape[axis] for a in arrays) > 1) and step == 1 and positional(axis, *arrays):
         zero = np.zeros((1,) * g.shared.ndim)
         return g.map(lambda a: side_by_side((zero, a, zero), (start, m, n - stop), axis))
     if max(a.shape[axis] for a in arrays) > 1:

@@ -80,6 +80,7 @@ def spread(box: Range, axes: Sequence[int]) -> Range:
 
 # -- groups of axes ----------------------------------------------------------------------------------------------------
 
+
 def regroup(a: Array, src: Shape, dst: Shape) -> Array:
     """An array that broadcasts against `src` rearranged for `dst` (row-major), no group left partly resolved."""
     full, out = [1] * len(src), [1] * len(dst)

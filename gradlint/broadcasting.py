@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from gradlint.domain import Array, Moments, Range
 from gradlint.graph import dims
+from gradlint.runs import Counts, averages, common, stored
 from gradlint.transfer import Context
 
 _LARGEST = 1 << 20  # elements of the arrays that describe one value
@@ -41,17 +42,24 @@ def collapsed_axes(array: np.ndarray, reference: Shape) -> tuple[int, ...]:
     return tuple(a for a in own if a not in keep)
 
 
-def align(array: np.ndarray, reference: Shape) -> Moments:
-    """Moments of a constant beside an activation described by arrays of shape `reference` (the output's rank)."""
+def align(array: np.ndarray, reference: Shape, counts: Counts | None = None) -> Moments:
+    """Moments of a constant beside an activation described by arrays of shape `reference` (the output's rank).
+
+    counts: the runs of like positions in these, over each of which the constant is averaged too.
+    """
     array = _ranked(np.asarray(array), len(reference))
     axes = collapsed_axes(array, reference)
-    if not axes:
+    runs = counts if counts is not None and any(counts) else None
+    if not axes and runs is None:
         return Moments.constant(array)
     if array.dtype.kind == "f":
         array = np.maximum(array, np.asarray(-1e30, array.dtype))  # minus infinity has no variance
     mean = array.mean(axis=axes, keepdims=True, dtype=np.float64)
     zero = np.zeros((1,) * array.ndim)
-    return Moments(mean, array.var(axis=axes, keepdims=True, dtype=np.float64), zero, zero)
+    if runs is None:
+        return Moments(mean, array.var(axis=axes, keepdims=True, dtype=np.float64), zero, zero)
+    mean = averages(mean, runs)
+    return Moments(mean, averages(np.square(array - mean).mean(axis=axes, keepdims=True), runs), zero, zero)
 
 
 def align_range(array: np.ndarray, reference: Shape) -> Range:
@@ -101,17 +109,20 @@ def operands(
             if x is None or own is None:
                 return None
             found[k] = stretch(x, own, out)
-    shapes = sorted((shape_of(x.mean, x.fixed, x.shared, x.local) for x in found.values()), key=math.prod)
-    reference = np.broadcast_shapes(*shapes) if shapes else like or (1,) * len(out)
-    if shapes and math.prod(reference) > _LARGEST:
-        reference = shapes[-1]
+    arrays = [(x.mean, x.fixed, x.shared, x.local) for x in found.values()]
+    every = [a for four in arrays for a in four]
+    reference = shape_of(*every) if every else like or (1,) * len(out)
+    if every and stored(*every) > _LARGEST:
+        every = list(max(arrays, key=lambda four: stored(*four)))
+        reference = shape_of(*every)
         found = {k: _collapse(x, reference) for k, x in found.items()}
+    counts = common(*every) if every else None
     for k, value in enumerate(node.inputs):
         if k not in found:
             array = ctx.array(value)
             if array is None:
                 return None
-            found[k] = align(array, reference)
+            found[k] = align(array, reference, counts)
     return [found[k] for k in range(len(node.inputs))]
 
 

@@ -2,7 +2,8 @@
 
 Every array *broadcasts* against the value it describes: size 1 along an axis means "the same everywhere along it". Axes
 along which the arrays have size 1 although the value has more are its *positions* (pixels, tokens); the others are its
-*units* (channels, features). Activations of a convolution are described by arrays of shape (1, C, 1, 1).
+*units* (channels, features). Activations of a convolution are described by arrays of shape (1, C, 1, 1). Positions that
+differ by group (a class token, the patches) are runs of equal elements: `gradlint.runs`.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Gradient:
     def __add__(self, other: Gradient) -> Gradient:
         """Where branches meet their gradients add; taken as uncorrelated, so second moments add."""
         parts = [b for b in (self.balanced, other.balanced) if b is not None]
-        balanced = np.asarray(sum(parts)) if parts else None
+        balanced = sum(parts[1:], parts[0]) if parts else None
         return Gradient(self.shared + other.shared, self.local + other.local, balanced)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gradlint.domain import Array
+from gradlint.runs import entries
 
 Function = Callable[[Array], Array]
 Level = Array | float
@@ -149,14 +150,18 @@ def spectrum(
 
     kinked: h or its derivative jumps; `kinks`: where, as far as known; per_unit: h itself differs between units.
     """
+    if per_unit:
+        mean, var = np.asarray(mean), np.asarray(var)
+    (mean, var), wrap = entries(mean, var)
     mean, var = np.broadcast_arrays(mean, var)
     std = np.sqrt(np.maximum(var, 1e-300))
-    if isinstance(h, Piecewise):
-        return _closed_form(h, mean, std)
-    if not per_unit and (found := _tabulated(h, mean, std, kinked, kinks)) is not None:
-        return found
-    second, coefficients = _integrated(h, mean, std, kinked, kinks)
-    return Spectrum(coefficients[0], np.maximum(second, coefficients[0] ** 2), coefficients**2)
+    found = _closed_form(h, mean, std) if isinstance(h, Piecewise) else None
+    if found is None and not per_unit:
+        found = _tabulated(h, mean, std, kinked, kinks)
+    if found is None:
+        second, coefficients = _integrated(h, mean, std, kinked, kinks)
+        found = Spectrum(coefficients[0], np.maximum(second, coefficients[0] ** 2), coefficients**2)
+    return Spectrum(*wrap((found.mean, found.second, found.coefficients)))
 
 
 def _integrated(h: Function, mean: Array, std: Array, kinked: bool, kinks: Sequence[float]) -> tuple[Array, Array]:

@@ -26,6 +26,7 @@ from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import dims
 from gradlint.quadrature import Function, Piecewise, spectrum
+from gradlint.runs import grouped
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ ELEMENTWISE: dict[str, Elementwise] = {}
 
 
 def _ratio(part: Array, whole: Array) -> Array:
-    return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole > 0)
+    return part / np.where(whole > 0, whole, np.inf)
 
 
 def apply_moments(
@@ -337,9 +338,9 @@ def over_tokens(g: Gradient, x: Moments, among: Sequence[int] | None = None) -> 
 def summed(ctx: Context, g: Gradient, value: ir.Value, small: tuple[int, ...], *, constant: bool) -> Gradient:
     """Second moment of a gradient shaped like `value`, summed down to the shape `small` that was broadcast to it.
 
-    Over n positions a shared part adds coherently (n^2), a local part incoherently (n), a balanced part to zero; units
-    add incoherently. What goes into a `constant` (a weight) is also summed over the examples, which the loss's
-    1/sqrt(B) undoes. Where positions remain, what was the same at all of them still is.
+    Over n positions, or groups of them, a shared part adds coherently (n^2), a local part incoherently (n), a balanced
+    part to zero; units add incoherently. What goes into a `constant` (a weight) is also summed over the examples, which
+    the loss's 1/sqrt(B) undoes. Where positions remain, what was the same at all of them still is.
     """
     shape = dims(value)
     if shape is None:
@@ -361,7 +362,9 @@ def summed(ctx: Context, g: Gradient, value: ir.Value, small: tuple[int, ...], *
     positions = float(math.prod(shape[a] for a in axes if shared.shape[a] == 1))
     if constant and ctx.varies(value):
         positions = max(1.0, positions / ctx.batch)
-    same = (shared * positions**2).sum(axis=units, keepdims=True)
+    tokens = tuple(a for a in units if a in grouped(shared))
+    same = np.sqrt(shared).sum(axis=tokens, keepdims=True) ** 2 * positions**2
+    same = same.sum(axis=tuple(a for a in units if a not in tokens), keepdims=True)
     left = any(n > 1 and m == 1 for n, m in list(zip(small, same.shape, strict=True))[1:])
     if g.balanced is not None and not left:
         local = np.maximum(local - g.balanced, 0)

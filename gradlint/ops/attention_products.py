@@ -20,6 +20,7 @@ import onnx_ir as ir
 from gradlint.domain import Array, Gradient, Moments
 from gradlint.graph import attribute, dims, op
 from gradlint.ops.softmax_weights import weights
+from gradlint.runs import run
 from gradlint.transfer import Context
 
 _BETWEEN = frozenset({"Mul", "Div", "Add", "Sub", "Where", "Cast", "Tanh"})  # scale, mask, bias, cap before softmax
@@ -154,9 +155,7 @@ def contract(a: Array, b: Array, width: int) -> Array:
     """a @ b for arrays that broadcast against operands whose common axis has `width` elements."""
     if a.shape[-1] == 1 and b.shape[-2] == 1:
         return width * a * b
-    return np.matmul(
-        np.broadcast_to(a, (*a.shape[:-1], width)), np.broadcast_to(b, (*b.shape[:-2], width, b.shape[-1]))
-    )
+    return np.matmul(run(a, -1, width), run(b, -2, width))
 
 
 def heads_apart(a: Array, shape: tuple[int, ...]) -> Array:

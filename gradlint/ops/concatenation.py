@@ -1,14 +1,14 @@
 """Concat and Split.
 
-Along an axis that the moments resolve (channels) pieces keep their own; along one they do not (tokens, pixels) the
-parts are averaged by their share, the spread of their means going into `fixed`. The gradient of one piece (a class
-token, the last step) is spread evenly over the axis it was cut from: the sum over positions is the same.
+Along an axis that the moments resolve (channels) pieces keep their own. Along one of positions (tokens, pixels) every
+part is a run of like positions: a class token stays apart from the patches.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, dims
 from gradlint.ops.shape import LARGEST, averaged, lifted, move_bound, parts, resolution, rest
+from gradlint.runs import entries, positional, settled, side_by_side, stored
 from gradlint.transfer import Context, row
 
 Values = Sequence[ir.Value | None]
@@ -59,11 +60,7 @@ def joined(arrays: Sequence[Array], sizes: Sequence[int], axis: int) -> Array:
 
 
 def mixed(xs: Sequence[Moments], sizes: Sequence[int], axis: int) -> Moments:
-    """Moments over the positions of several parts: their average by size, the spread of the means as `fixed`.
-
-    A class token is so taken for one of the patches: its smaller variance, which LayerNormalization divides by, is lost
-    (vision transformers that read it out: gradients 0.2 decades low).
-    """
+    """Moments over the positions of several parts: their average by size, the spread of the means as `fixed`."""
     share = [n / sum(sizes) for n in sizes]
     flat = [x.map(lambda a: a.mean(axis=axis, keepdims=True)) for x in xs]
     mean = weighted([x.mean for x in flat], share)
@@ -76,9 +73,10 @@ def mixed(xs: Sequence[Moments], sizes: Sequence[int], axis: int) -> Moments:
 
 
 def _unresolved(xs: Sequence[Moments], axis: int) -> bool:
-    """Is `axis` one of positions: resolved by none of the inputs that vary, while another axis is?"""
+    """Is `axis` one of positions for all inputs that vary, while another axis is resolved?"""
     sizes = [resolution(*parts(x)) for x in xs]
-    return all(s[axis] == 1 for s in sizes) and any(max(s) > 1 for s in sizes)
+    others = any(n > 1 for s in sizes for k, n in enumerate(s) if k != axis)
+    return others and all(positional(axis, *parts(x)) for x in xs)
 
 
 def _alike(ctx: Context, x: Moments, shape: tuple[int, ...], value: ir.Value | None) -> Moments:
@@ -88,7 +86,7 @@ def _alike(ctx: Context, x: Moments, shape: tuple[int, ...], value: ir.Value | N
 
 
 def concat_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
-    """Channels side by side; tokens (a class token before patches) averaged."""
+    """Channels side by side; positions as groups, one per part or those it has (averaged where there are too many)."""
     pairs = zip(xs, node.inputs, strict=True)
     known = [(x, d, v) for x, v in pairs if x is not None and (d := dims(v)) is not None]
     if len(known) < len(xs) or not known:
@@ -99,7 +97,10 @@ def concat_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) ->
     sizes = [d[axis] for _, d, _ in known]
     moving = [m for m, (_, d, v) in zip(ms, known, strict=True) if ctx.varies(v)]
     if moving and _unresolved(moving, axis) and sum(sizes) > 0:
-        return (mixed(ms, sizes, axis),)
+        ms = [m if ctx.varies(v) else averaged(m, (axis,)) for m, (_, _, v) in zip(ms, known, strict=True)]
+        if sum(stored(*parts(m)) for m in ms) > LARGEST:
+            return (mixed(ms, sizes, axis),)
+        return (Moments(*(side_by_side(arrays, sizes, axis) for arrays in zip(*map(parts, ms), strict=True))),)
     return (Moments(*(joined(arrays, sizes, axis) for arrays in zip(*map(parts, ms), strict=True))),)
 
 
@@ -139,7 +140,7 @@ def concat_pullback(
 
 
 def piece(a: Array, axis: int, where: slice) -> Array:
-    return a if a.shape[axis] == 1 else a[(slice(None),) * axis + (where,)]
+    return a if a.shape[axis] == 1 else settled(a[(slice(None),) * axis + (where,)], axis)
 
 
 def concat_bound(
@@ -229,24 +230,30 @@ def split_pullback(
 def placed(g: Gradient, x: Moments | None, axis: int, where: slice, size: int) -> Gradient:
     """Gradient of an axis of which only `where` was taken.
 
-    Exact where x or g resolves the axis, and for a single position (a class token, the last step): it keeps all there
-    is. Else the m positions taken of n are assumed to lie anywhere: what is the same at each of them reaches m^2 / n^2
-    of the pairs.
+    Exact where x or g resolves the axis, or tells groups of its positions apart, and for a single position (a class
+    token, the last step): it keeps all there is. Else the m positions taken of n are assumed to lie anywhere: what is
+    the same at each of them reaches m^2 / n^2 of the pairs.
     """
-    m, n = len(range(*where.indices(size))), size
+    start, stop, step = where.indices(size)
+    m, n = len(range(start, stop, step)), size
     if m == n:
         return g
-    sizes = [a.shape[axis] for a in (g.shared, g.local, *(parts(x) if x is not None else ())) if a.ndim > axis]
-    if max(sizes) > 1 or (m == 1 and n * max(g.shared.size, g.local.size) <= LARGEST):
+    arrays = [a for a in (g.shared, g.local, *(parts(x) if x is not None else ())) if a.ndim > axis]
+    if (m == 1 or max(a.shape[axis] for a in arrays) > 1) and step == 1 and positional(axis, *arrays):
+        zero = np.zeros((1,) * g.shared.ndim)
+        return g.map(lambda a: side_by_side((zero, a, zero), (start, m, n - stop), axis))
+    if max(a.shape[axis] for a in arrays) > 1:
         return g.map(lambda a: _filled(a, axis, where, n, m))
     shared = g.shared * ((m / n) ** 2 if m > 1 else 0.0)
     return Gradient(shared, g.total * (m / n) - shared)
 
 
 def _filled(a: Array, axis: int, where: slice, n: int, m: int) -> Array:
+    every = np.zeros((1,) * axis + (m,) + (1,) * (a.ndim - 1 - axis))
+    (a, _), wrap = entries(a, every)
     out = np.zeros((*a.shape[:axis], n, *a.shape[axis + 1 :]))
-    out[(slice(None),) * axis + (where,)] = resized(a, axis, m) if a.shape[axis] == 1 else a
-    return out
+    out[(slice(None),) * axis + (where,)] = a
+    return cast(Array, wrap(out))
 
 
 def split_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:

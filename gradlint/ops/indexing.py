@@ -14,7 +14,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward, Unsupported
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, constant_array, dims
-from gradlint.ops.concatenation import along, placed, size_of
+from gradlint.ops.concatenation import along, piece, placed, size_of
 from gradlint.ops.shape import LARGEST, averaged, lifted, parts, resolution
 from gradlint.transfer import Context, blocks, row
 
@@ -65,6 +65,9 @@ def gather_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) ->
 def _taken(a: Array, ids: np.ndarray | None, axis: int, rank: int) -> Array:
     if a.shape[axis] == 1 or ids is None:
         return _inserted(a, axis, rank)
+    if ids.size == 1:
+        first = int(ids.reshape(-1)[0]) % a.shape[axis]
+        return _inserted(piece(a, axis, slice(first, first + 1)), axis, rank)
     return np.take(a, ids, axis)
 
 
@@ -123,6 +126,9 @@ def _by_index(
     flat = ids.reshape(-1)
     x = None if x is None or not ctx.varies(node.inputs[0]) else x.map(lambda a: lifted(a, len(shape)))
     counts = np.bincount(flat, minlength=n)
+    if flat.size == 1 and x is not None:
+        g = g.map(lambda a: a.reshape(_without(a.shape, axis, rank)))
+        return placed(g, x, axis, slice(int(flat[0]), int(flat[0]) + 1), n)
     spots = tuple(range(axis, axis + rank))
     if (
         x is not None
@@ -131,8 +137,7 @@ def _by_index(
     ):
         g = g.map(lambda a: a.reshape(_without(a.shape, axis, rank)))
         if counts.max() <= 1:
-            first = int(flat[0]) if len(flat) else 0
-            return placed(g, x, axis, slice(first, first + 1) if len(flat) == 1 else slice(0, len(flat)), n)
+            return placed(g, x, axis, slice(0, len(flat)), n)
         shared = g.shared * float(counts.mean()) ** 2
         return Gradient(shared, g.shared * float((counts**2).mean()) - shared + g.local * float(counts.mean()))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +28,7 @@ from gradlint.ops.attention_products import (
     mixture_pullback,
     swap,
 )
+from gradlint.runs import entries, positional
 from gradlint.transfer import Context, over_tokens, product, row, summed
 
 Values = Sequence[ir.Value | None]
@@ -35,21 +37,13 @@ _ROW = 1 << 12  # of which next to each other
 
 
 def times(v: Array, w: np.ndarray, power: int = 1) -> Array:
-    """v @ w**power over the last axis of v, in blocks of rows: no second copy of a large matrix.
-
-    Where one token differs from the rest (a class token), equal neighbours are multiplied once.
-    """
-    if w.ndim == 2 and v.ndim > 1 and v.shape[-2] > 4:
-        same = (v[..., 1:, :] == v[..., :-1, :]).all(axis=tuple(a for a in range(v.ndim) if a != v.ndim - 2))
-        starts = np.concatenate([[0], 1 + np.flatnonzero(~same)])
-        if len(starts) <= v.shape[-2] // 2:
-            lengths = np.diff([*starts, v.shape[-2]])
-            return np.repeat(times(v[..., starts, :], w, power), lengths, axis=-2)
+    """v @ w**power over the last axis of v, in blocks of rows: no second copy of a large matrix."""
     if v.shape[-1] != w.shape[-2]:
         v = np.broadcast_to(v, (*v.shape[:-1], w.shape[-2]))
     if w.ndim > 2 or w.size <= _BLOCK:
         return np.matmul(v, (w if power == 1 else np.square(w, dtype=np.float32)).astype(v.dtype, copy=False))
-    return _streamed(v, w, power)
+    (v, _), wrap = entries(v, w[:, 0])
+    return cast(Array, wrap(_streamed(v, w, power)))
 
 
 def _streamed(v: Array, w: np.ndarray, power: int) -> Array:
@@ -76,13 +70,13 @@ def _streamed(v: Array, w: np.ndarray, power: int) -> Array:
 def _squares(parts: Sequence[Array], w: np.ndarray) -> list[Array]:
     """Each part times w squared; all of them in one pass over w, none for what is zero."""
     live = [k for k, part in enumerate(parts) if part.any()]
-    shape = np.broadcast_shapes(*(part.shape for part in parts))
-    found = [np.zeros((1,) * len(shape)) for _ in parts]
+    found = [np.zeros((1,) * max(part.ndim for part in parts)) for _ in parts]
     if w.ndim > 2:
         for k in live:
             found[k] = times(parts[k], w, 2)
     elif live:
-        for k, part in zip(live, times(np.stack([np.broadcast_to(parts[k], shape) for k in live]), w, 2), strict=True):
+        together = np.stack(np.broadcast_arrays(*(parts[k] for k in live)))
+        for k, part in zip(live, times(together, w, 2), strict=True):
             found[k] = part
     return found
 
@@ -141,16 +135,34 @@ def weight_gradient(ctx: Context, node: ir.Node, x: Moments, g: Gradient, shape:
 # -- two activations ---------------------------------------------------------------------------------------------------
 
 
+def over_positions(a: Moments, b: Moments) -> bool:
+    """Does a @ b sum over positions, leaving only units (channels with channels: cross-covariance attention)?"""
+    inner = positional(-1, a.mean, a.var) and positional(-2, b.mean, b.var)
+    return inner and not positional(-2, a.var) and not positional(-1, b.var)
+
+
+def between_units(a: Moments, b: Moments) -> bool:
+    """Does a @ b mix units, at every position alike: a without positions, b with units before positions?"""
+    return positional(-1, b.mean, b.var) and not positional(-2, b.var) and not positional(-1, a.mean)
+
+
 def multiply(a: Moments, b: Moments, width: int) -> Moments:
     """Moments of a @ b, all elements independent: Var = sum E[a^2] E[b^2] - E[a]^2 E[b]^2.
 
-    What of both is fixed or shared stays so only as far as both are; the cross terms are local.
+    What of both is fixed or shared stays so only as far as both are; the cross terms are local. In a sum over n
+    positions what both share adds coherently (n^2), and as no position is left all is shared.
     """
 
     def dot(u: Array, v: Array) -> Array:
         return contract(u, v, width)
 
-    mean, square = dot(a.mean, b.mean), dot(a.mean**2, b.mean**2)
+    mean = dot(a.mean, b.mean)
+    if over_positions(a, b):
+        u, v = a.mean**2 + a.shared, b.mean**2 + b.shared
+        coherent = dot(np.sqrt(u), np.sqrt(v)) ** 2
+        total = coherent + dot(a.second, b.second) - dot(u, v) - mean**2
+        return Moments(mean, 0 * mean, np.maximum(total, 0), 0 * mean)
+    square = dot(a.mean**2, b.mean**2)
     total = np.maximum(dot(a.second, b.second) - square, 0)
     fixed = dot(a.fixed, b.mean**2 + b.fixed) + dot(a.mean**2, b.fixed)
     shared = dot(a.shared, b.mean**2 + b.shared) + dot(a.mean**2, b.shared)
@@ -160,9 +172,10 @@ def multiply(a: Moments, b: Moments, width: int) -> Moments:
 def _towards(g: Gradient, other: Moments, width: int) -> Gradient:
     """Gradient of one operand: the sum over `width` of g times the other; coherent where both are alike all along."""
     along = other.mean**2 + other.shared
-    coherent = contract(g.shared, along, width)
-    if g.shared.shape[-1] == 1 and other.mean.shape[-2] == 1:
-        coherent = coherent * width
+    if positional(-1, g.shared) and positional(-2, along):
+        coherent = contract(np.sqrt(g.shared), np.sqrt(along), width) ** 2
+    else:
+        coherent = contract(g.shared, along, width)
     rest = contract(g.shared, other.fixed + other.local, width)
     return Gradient(coherent + rest, contract(g.local, other.second, width))
 
@@ -201,9 +214,9 @@ def matmul_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) ->
         return (project(b.map(swap), swap(w), shape_b[-2]).map(swap),)
     if a is None or b is None:
         return (None,)
-    if makes_logits(node):
+    if makes_logits(node) and not over_positions(a, b):
         return (logits(a, b, shape_a[-1]),)
-    if mixes(node):
+    if mixes(node) and not between_units(a, b):
         return (mixture(a, b.map(lambda part: heads_apart(part, shape_b)), shape_a[-1]),)
     return (multiply(a, b, shape_a[-1]),)
 
@@ -226,13 +239,15 @@ def matmul_pullback(
         return dw.map(swap), back(g.map(swap), b.map(swap), w).map(swap)
     if a is None or b is None:
         return (None, None)
-    if makes_logits(node):
+    if makes_logits(node) and not over_positions(a, b):
         kin = kinship(ctx, node, ys[0]) if ys[0] is not None else 1.0
         da, db = (d.scaled(kin) for d in logits_pullback(g, a, b, shape_a[-2], shape_b[-1]))
-    elif mixes(node):
+    elif mixes(node) and not between_units(a, b):
         g = g.map(lambda part: heads_apart(part, dims(node.outputs[0]) or part.shape))
         da, db = mixture_pullback(g, a, b, shape_a[-2], shape_b[-1])
     else:
+        if over_positions(a, b):  # no position is left in the product: its gradient is the same for all
+            g = Gradient(g.total, 0 * g.local)
         da = _towards(g, b.map(swap), shape_b[-1])
         db = _towards(g.map(swap), a, shape_a[-2]).map(swap)
     return _reduce_stack(ctx, da, node, 0), _reduce_stack(ctx, db, node, 1)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, dims, is_float, op
+from gradlint.runs import groups
 from gradlint.transfer import Context, blocks, over_tokens, passthrough, row, summed
 
 Values = Sequence[ir.Value | None]
@@ -78,27 +79,6 @@ def spread(box: Range, axes: Sequence[int]) -> Range:
 
 
 # -- groups of axes ----------------------------------------------------------------------------------------------------
-
-Groups = list[tuple[list[int], list[int]]]
-
-
-def groups(src: Shape, dst: Shape) -> Groups:
-    """The smallest groups of axes of `src` and of `dst` that hold the same elements; axes of size 1 are in none."""
-    found: Groups = []
-    i = j = 0
-    while i < len(src) or j < len(dst):
-        left, right = ([i] if i < len(src) else []), ([j] if j < len(dst) else [])
-        n, m = math.prod(src[k] for k in left), math.prod(dst[k] for k in right)
-        while n != m:
-            if n < m:
-                left.append(left[-1] + 1 if left else i)
-                n *= src[left[-1]]
-            else:
-                right.append(right[-1] + 1 if right else j)
-                m *= dst[right[-1]]
-        i, j = i + len(left), j + len(right)
-        found.append(([k for k in left if src[k] != 1], [k for k in right if dst[k] != 1]))
-    return [pair for pair in found if pair[0] or pair[1]]
 
 
 def regroup(a: Array, src: Shape, dst: Shape) -> Array:

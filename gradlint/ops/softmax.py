@@ -94,7 +94,7 @@ def _split(x: Moments, var: Array, visible: Array, s: Array) -> tuple[Array, Arr
     whole = x.fixed + visible + x.local
 
     def part(a: Array) -> Array:
-        rho = np.divide(a, whole, out=np.zeros(np.broadcast(a, whole).shape), where=whole > 0)
+        rho = a / np.where(whole > 0, whole, np.inf)
         return np.where(square > 1e-6, np.expm1(rho * square) / np.expm1(np.maximum(square, 1e-6)), rho)
 
     fixed, shared = var * part(x.fixed), var * part(visible)
@@ -168,7 +168,7 @@ def _examples_alike(x: Moments) -> Moments:
 
 
 def _ratio(a: Array, b: Array) -> Array:
-    return np.divide(a, b, out=np.ones_like(a), where=b > 1e-12)
+    return np.where(b > 1e-12, a / np.where(b > 1e-12, b, 1.0), 1.0)
 
 
 def softmax_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradlint.domain import Array
+from gradlint.runs import entries
 
 _STEP = 1 / 16  # of s in the table
 _TOP = 12.0  # beyond it the winner takes nearly all; 1 - weight falls as 1 / s
@@ -59,6 +60,7 @@ class Weights:
 
 def weights(n: Array | float, s: Array | float) -> Weights:
     """Statistics of softmax weights over n >= 1 independent normal logits of standard deviation s (elementwise)."""
+    (n, s), wrap = entries(n, s)
     n_, s_ = np.broadcast_arrays(np.asarray(n, np.float64), np.asarray(s, np.float64))
     capped = np.clip(s_, 0, _TOP - 1e-9) / _STEP
     column = np.clip(np.log(np.maximum(n_, 1)), 0, _LOG_N[-1] - 1e-9) / 0.25
@@ -76,4 +78,5 @@ def weights(n: Array | float, s: Array | float) -> Weights:
     beyond = np.maximum(s_ / _TOP, 1.0)
     squares, own, cross = (np.exp(f) for f in found[:3])
     log_n = np.log(np.maximum(n_, 1))
-    return Weights(1 - (1 - squares) / beyond, own / beyond, cross / beyond, (found[3] + log_n) * beyond - log_n)
+    log_sum = (found[3] + log_n) * beyond - log_n
+    return Weights(*wrap((1 - (1 - squares) / beyond, own / beyond, cross / beyond, log_sum)))

@@ -38,8 +38,8 @@ def group(x: Moments, shape: tuple[int, ...], axes: tuple[int, ...], examples: i
     """The elements along `axes`, which span `examples` examples: units differ independently; what is shared also from
     example to example, what is fixed also from position to position, what is local in every respect."""
     size = math.prod(shape[a] for a in axes)
-    array = np.broadcast(x.mean, x.fixed, x.shared, x.local)
-    units = math.prod(array.shape[a] for a in axes)
+    sizes = np.broadcast_shapes(x.mean.shape, x.fixed.shape, x.shared.shape, x.local.shape)
+    units = math.prod(sizes[a] for a in axes)
     return Group(axes, max(1, size // examples), min(size, units * examples), size)
 
 
@@ -76,7 +76,7 @@ def standardize(x: Moments, over: Group, eps: float, *, centre: bool = True) -> 
         )
     var = _average(mean**2 + fixed + shared + local, axes)
     noise = sum(_average(2 * v**2 + 4 * v * mean**2, axes) / n for v, n in ((shared, over.shared), (local, over.local)))
-    freedom = np.divide(2 * var**2, noise, out=np.full_like(var, np.inf), where=noise > 0)
+    freedom = np.where(noise > 0, 2 * var**2 / np.where(noise > 0, noise, 1.0), np.inf)
     inverse = 1 / np.maximum(var + eps, 1e-300)
     with np.errstate(invalid="ignore"):
         excess = np.where(freedom > 1e6, 1.0, freedom / np.maximum(freedom - 2, 0.5 * freedom))
@@ -91,9 +91,7 @@ def project(g: Gradient, s: Standardized, over: Group, *, centre: bool = True) -
     being y's mean over positions.
     """
     y, axes = s.y, over.axes
-    common = np.broadcast_shapes(y.mean.shape, g.shared.shape)
-    coherent = np.broadcast_to(y.mean**2 + y.shared, common)
-    second = np.broadcast_to(y.second, common)
+    coherent, second, _ = np.broadcast_arrays(y.mean**2 + y.shared, y.second, g.shared)
     positions = max(1.0, over.local / over.shared)
     bar = coherent + (second - coherent) / positions
     own, common_part = _average(g.local * second, axes) / over.local, _average(g.shared * bar, axes) / over.shared

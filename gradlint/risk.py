@@ -54,16 +54,17 @@ def lost(found: Mapping[str, float]) -> float:
 def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[str, float]:
     """What is lost, by the names of CAPS, in decades from 0; what is not known counts as nothing lost.
 
-    Gates learn to hold, by a bias that no step stands before: only a recurrence without gates loses over time. Growth
-    of the gradient is nonlinearity, or steepness, or (where it is not finite) both. Features that have lost the
-    likeness between the inputs (CKA) tell the same as nonlinearity: the larger counts. What training made itself is no
-    loss: of a trained network nonlinearity and steepness don't count, and a signal that collapses does on real data
-    only.
+    Gates learn to hold, by a bias that no step stands before: only a recurrence without gates loses over time, while
+    growth over time is a loss to all. Growth of the gradient over layers is nonlinearity, or steepness, or (where it is
+    not finite) both. Features that have lost the likeness between the inputs (CKA) tell the same as nonlinearity: the
+    larger counts. What training made itself is no loss: of a trained network nonlinearity and steepness don't count,
+    and a signal that collapses or a recurrence that grows does on real data only.
     """
     subjects = list(subjects)
     trained = model.get("stage") == "trained"
     made_up = trained and not model.get("data_given")
     signals = _numbers(subjects, "trunk_signal", lambda s: not s.facts.get("is_head"))
+    growths = _numbers(subjects, "time_decades", lambda s: True)
     times = _numbers(subjects, "time_decades", lambda s: s.facts.get("cell") not in ("LSTM", "GRU"))
     kernels = [s for s in subjects if s.facts.get("role") in ("kernel", "recurrent")]
     spreads = _numbers(kernels, "weight_std", lambda s: True)
@@ -78,13 +79,15 @@ def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[s
             (_number(model.get("learning_spread")) or 0.0) - _SOUND_SPREAD,
             *(-t for t in times),
         ),
-        "time_growth": 2 * max([0.0, *times]),
+        "time_growth": 2 * max([0.0, *growths]),
         "nonlinearity": max(_number(model.get("nonlinearity")) or 0.0, min(unlike, _SHATTERED)),
         "steepness": math.inf if overflows else 3 * max(0.0, steep),
         "collapse": max(0.0, -math.log10(max(min(signals, default=1.0), _SHARPEST))),
         "symmetry": _SYMMETRIC if spreads and max(spreads) < _SHARPEST else 0.0,
     }
-    learned = {"nonlinearity"} | ({"collapse"} if made_up else set()) | (set() if overflows else {"steepness"})
+    learned = (
+        {"nonlinearity"} | ({"collapse", "time_growth"} if made_up else set()) | (set() if overflows else {"steepness"})
+    )
     return {name: 0.0 if trained and name in learned else decades for name, decades in found.items()}
 
 

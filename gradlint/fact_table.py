@@ -123,6 +123,11 @@ _MODEL = (
         ("trunk_min_decades", "decades", "the least `trunk_decades` of all layers"),
         ("trunk_max_decades", "decades", "the largest `trunk_growth` of all layers"),
         ("nonlinearity", "decades", "largest nonlinearity coefficient of all layers: how far the map is from linear"),
+        (
+            "sharpness",
+            "decades",
+            "log10 of the tangent kernel's trace: SGD is stable up to a rate of about 2 / 10^it",
+        ),
         ("head_growth", "decades", "trunk gradient at the last features / at the outputs, where it grows; else 0"),
         ("learning_spread", "decades", "log10 of largest to smallest grad_rms / weight_rms over trunk kernels"),
     )
@@ -264,6 +269,11 @@ _WEIGHT = (
         ("duplicate_units", "count", "those units"),
         ("init_fit", "text", "the standard initial distribution these elements still match, best first"),
         ("init_fit_p", "0..1", "p-value of that fit (Kolmogorov-Smirnov)"),
+        (
+            "sharpness_share",
+            "share",
+            "squared gradient / the largest of all; absent with a normalisation behind",
+        ),
         ("forward_scale", "data units", "standard deviation of the value this weight is multiplied with"),
     )
     + _evident(

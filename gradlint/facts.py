@@ -46,6 +46,7 @@ from gradlint.options import Options
 from gradlint.probe import Probe, Request, Skipped, activation_figures
 from gradlint.recurrent_facts import Profiles
 from gradlint.results import Evidence, LayerRow, WeightRow
+from gradlint.sharpness import estimated_sharpness, last_part, measured_sharpness, shares
 from gradlint.static_facts import StaticFacts, static_facts
 from gradlint.structure import unit_axis
 from gradlint.transfer import ELEMENTWISE, spectrum, steepest
@@ -166,6 +167,9 @@ def gather(
         )
     _add_ratios(subjects)
     weights, weight_subjects = _weights(parts, estimate, measured, options, order, static, flow.trunk)
+    for k, share in enumerate(shares(weight_subjects, parts)):
+        if share is not None:
+            weight_subjects[k] = replace(s := weight_subjects[k], facts={**s.facts, "sharpness_share": share})
     flow_facts = flow.model_facts()
     known = _Known(dict(model) | dict(static.model))
     if measured is not None and measured.alignment is not None:
@@ -173,6 +177,10 @@ def gather(
     trunk = frozenset(str(n.name) for n in flow.trunk)
     for kind in _KINDS:
         known.add(kind, {**flow_facts[kind], "learning_spread": learning_spread(weight_subjects, trunk, kind)})
+    at_outputs, floor = flow.output_gradient, last_part(weight_subjects)
+    known.add("estimated", {"sharpness": estimated_sharpness(parts, estimate, at_outputs["estimated"], floor)})
+    if measured is not None:
+        known.add("measured", {"sharpness": measured_sharpness(parts, measured, at_outputs["measured"], floor)})
     if lost:
         known.add("measured", {"trunk_max_decades": math.inf})  # the loss is not finite, nor is any step
     probed_values = probed.values if isinstance(probed, Probe) else {}

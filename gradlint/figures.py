@@ -50,6 +50,16 @@ def statistics(
     return rows, weights, steps, math.sqrt(cotangent)
 
 
+def coherence(sums: Mapping[tuple[str, str], np.ndarray], examples: int) -> float:
+    """How far the examples' gradients at the outputs agree: |their mean|^2 / the mean of their squares.
+
+    Independent ones have 1 / examples on average; what chance takes away below that is not counted.
+    """
+    shifts = sum(float(np.sum(np.square(a))) for (kind, _), a in sums.items() if kind == "shift")
+    squares = examples * sum(float(a) for (kind, _), a in sums.items() if kind == "seed")
+    return max(shifts / squares if squares > 0 else 1.0, 1 / examples)
+
+
 ACTIVATION = "\0activation"  # activation figures are kept under the node's name, apart from values
 
 

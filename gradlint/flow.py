@@ -24,7 +24,8 @@ _CARRIERS = MOVES | {"Gather"}
 @dataclass(frozen=True)
 class Flow:
     """Trunk gradient (decades against its largest nearer the outputs, and against the last layer), signal, standard
-    deviation and nonlinearity (`nonlinearity`) at every cut; and how much the gradient grows over the head alone.
+    deviation and nonlinearity (`nonlinearity`) at every cut; how much the gradient grows over the head alone; and its
+    norm at the output of the last layer with weights.
     """
 
     decades: Mapping[Evidence, _Curve]
@@ -33,6 +34,7 @@ class Flow:
     std: Mapping[Evidence, _Curve]
     nonlinearity: Mapping[Evidence, _Curve]
     head_growth: Mapping[Evidence, float]
+    output_gradient: Mapping[Evidence, float]
     blames: Mapping[ir.Value, tuple[Blame, ...]]
     layers: tuple[ir.Node, ...]
     trunk: frozenset[ir.Node]
@@ -70,6 +72,7 @@ class Flow:
         falls: dict[Evidence, dict[ir.Node, float]] = {}
         growth: dict[Evidence, _Curve] = {}
         head_growth: dict[Evidence, float] = {}
+        output_gradient: dict[Evidence, float] = {}
         stem = _before_head(parts)
         cotangents: dict[Evidence, float] = {"estimated": cotangent_norm(graph, estimate)}
         if measured is not None:
@@ -78,6 +81,7 @@ class Flow:
             curve = crossing(graph, figures)
             shown = {n: curve[n] for n in stem if n in curve}
             last = next((g for g in shown.values() if g), 0.0)
+            output_gradient[kind] = last
             last = max(last, cotangents[kind])
             growth[kind] = {n: decades(g, last) for n, g in shown.items()}
             head = decades(_last_features(shown, levels(graph)), last)
@@ -94,7 +98,7 @@ class Flow:
         bent = {kind: nonlinearity(graph, stem, norms[kind], spreads[kind]) for kind in norms}
         std = {kind: crossing(graph, figures) for kind, figures in stds.items()}
         trunk = on_trunk(parts, norms[best])
-        return Flow(falls, growth, signal, std, bent, head_growth, blames, parts.layers, trunk)
+        return Flow(falls, growth, signal, std, bent, head_growth, output_gradient, blames, parts.layers, trunk)
 
     def blame_of(self, node: ir.Node) -> tuple[Blame, ...]:
         return self.blames.get(main_output(node), ())

@@ -14,7 +14,7 @@ from gradlint.alignment import alignment, gram_of_inputs
 from gradlint.backward import Backward
 from gradlint.data import Arrays, Data
 from gradlint.exceptions import DataError
-from gradlint.figures import ACTIVATION, statistics
+from gradlint.figures import ACTIVATION, coherence, statistics
 from gradlint.graph import FLOATS, dims, is_float, op
 from gradlint.histograms import Histogram, View, Wanted, measure
 from gradlint.losses import seeds_of
@@ -22,7 +22,7 @@ from gradlint.ops.batch_normalization import to_train_mode
 from gradlint.options import Loss
 from gradlint.reverse import Cut, backward, named_output
 from gradlint.session import SCALE, part, run, runtime_errors, session_of
-from gradlint.taps import Taps, tap_activation, tap_attention, tap_gram, tap_value, tap_weight
+from gradlint.taps import Taps, batch_axis, tap_activation, tap_attention, tap_gram, tap_seed, tap_value, tap_weight
 from gradlint.transfer import ELEMENTWISE
 
 
@@ -42,9 +42,10 @@ class Probe:
     values: by value name: mean, std, signal, grad_rms, grad_norm, and of activations slope, saturated, dead, ..;
     weights: by initializer name: grad_rms, grad_mean_abs, zero_share; steps: |dL/dh_t| per time step by node name;
     cotangent: norm of the loss's gradient at the outputs, RMS over examples; alignment: of the last features with the
-    inputs (`gradlint.alignment`); whole: data_mean, data_std, data_low, data_high over the float inputs; classes
-    and initial_loss under cross-entropy; histograms: where asked for, by kind (`input` of an activation by its name,
-    `gradient` by initializer, `logits` and `entropy` by the softmax's output) and name.
+    inputs (`gradlint.alignment`); coherence: of the examples' gradients at the outputs (`figures.coherence`; 1 under
+    the linear loss, whose targets are independent); whole: data_mean, data_std, data_low, data_high over the float
+    inputs; classes and initial_loss under cross-entropy; histograms: where asked for, by kind (`input` of an activation
+    by its name, `gradient` by initializer, `logits` and `entropy` by the softmax's output) and name.
     """
 
     values: Mapping[str, Mapping[str, float]]
@@ -55,6 +56,7 @@ class Probe:
     cuts: tuple[Cut, ...]
     measured: frozenset[str]
     alignment: float | None = None
+    coherence: float = 1.0
     whole: Mapping[str, float] = field(default_factory=dict)
     histograms: Mapping[tuple[str, str], Histogram] = field(default_factory=dict)
     build_s: float = 0.0
@@ -142,8 +144,8 @@ def probe(
         tap_gram(taps, values[request.features], batch)
     for k, value in enumerate(losses):
         taps.add("loss", str(k), value)
-    for k, cotangent in enumerate(dict.fromkeys(seeds.values())):
-        taps.add("seed", str(k), b.op("ReduceSumSquare", cotangent, keepdims=0))
+    for output, cotangent in seeds.items():
+        tap_seed(taps, str(output.name), cotangent, batch_axis(dims(output) or (), batch))
     b.emit(graph)
     _reduce_early(graph, passes)
     to_count = _to_count(request, values, nodes, grads)
@@ -172,7 +174,8 @@ def probe(
         likeness = alignment(gram_of_inputs(data.inputs.values(), batch), sums["gram", "features"])
     whole = _input_figures(data.inputs) | _initial_loss(sums, seeds)
     times = (built - started, ran - built, ended - ran)
-    return Probe(*found, examples, cuts, measured, likeness, whole, histograms, *times)
+    agreement = 1.0 if loss == "linear" else coherence(sums, examples)
+    return Probe(*found, examples, cuts, measured, likeness, agreement, whole, histograms, *times)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------

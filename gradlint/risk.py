@@ -20,8 +20,8 @@ from gradlint.fact_table import Subject
 from gradlint.facts import Facts
 
 _SHARPEST = 1e-8  # signal below this is none
-_SOUND_SCALE = 0.5  # decades above 1 that activations reach in networks which train
 _SOUND_SPREAD = 2.5  # decades between the learning speeds of weights in networks which train
+_SOUND_SHARPNESS = 4.0  # decades of the tangent kernel's trace at which usual rates don't overshoot yet
 _SOUND_ALIGNMENT = 0.3  # decades below 1 that the likeness of features to inputs falls in networks which train
 _SHATTERED = 2.0  # decades from which on it makes no difference
 _SYMMETRIC = 6.0  # decades lost where no unit differs from another
@@ -32,7 +32,7 @@ CAPS = {
     "decay": 6.0,  # decades the gradient falls: along the trunk, over time steps, from weight to weight
     "time_growth": 12.0,  # twice the decades it grows over the steps of a recurrence: as gradient, and as chaos
     "nonlinearity": 4.0,  # decades of the nonlinearity coefficient, or of likeness lost: shattered gradients, chaos
-    "scale": 8.0,  # twice the decades of the largest activations: the stable learning rate falls with their square
+    "steepness": 8.0,  # thrice the decades that the largest stable learning rate lies below usual ones
     "collapse": 4.0,  # decades the trunk's signal falls below 1
     "symmetry": _SYMMETRIC,  # all kernels constant
 }
@@ -54,22 +54,24 @@ def lost(found: Mapping[str, float]) -> float:
 def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[str, float]:
     """What is lost, by the names of CAPS, in decades from 0; what is not known counts as nothing lost.
 
-    Gates learn to hold, by a bias that no step stands before: only a recurrence without gates loses over time. Growth
-    of the gradient is nonlinearity, or scale, or (where it is not finite) both. Features that have lost the likeness
-    between the inputs (CKA) tell the same as nonlinearity: the larger counts. What training made itself is no loss: of
-    a trained network nonlinearity and scale don't count, and a signal that collapses does on real data only.
+    Gates learn to hold, by a bias that no step stands before: only a recurrence without gates loses over time, while
+    growth over time is a loss to all. Growth of the gradient over layers is nonlinearity, or steepness, or (where it is
+    not finite) both. Features that have lost the likeness between the inputs (CKA) tell the same as nonlinearity: the
+    larger counts. What training made itself is no loss: of a trained network nonlinearity and steepness don't count,
+    and a signal that collapses or a recurrence that grows does on real data only.
     """
     subjects = list(subjects)
     trained = model.get("stage") == "trained"
     made_up = trained and not model.get("data_given")
     signals = _numbers(subjects, "trunk_signal", lambda s: not s.facts.get("is_head"))
+    growths = _numbers(subjects, "time_decades", lambda s: True)
     times = _numbers(subjects, "time_decades", lambda s: s.facts.get("cell") not in ("LSTM", "GRU"))
     kernels = [s for s in subjects if s.facts.get("role") in ("kernel", "recurrent")]
     spreads = _numbers(kernels, "weight_std", lambda s: True)
-    scales = [math.log10(x) for x in _numbers(subjects, "output_std", lambda s: True) if x > 0]
     alignment = _number(model.get("alignment"))
     unlike = 0.0 if alignment is None else -math.log10(max(alignment, _SHARPEST)) - _SOUND_ALIGNMENT
     overflows = _number(model.get("trunk_max_decades")) == math.inf
+    steep = (_number(model.get("sharpness")) or 0.0) - _SOUND_SHARPNESS
     found = {
         "decay": max(
             0.0,
@@ -77,13 +79,15 @@ def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[s
             (_number(model.get("learning_spread")) or 0.0) - _SOUND_SPREAD,
             *(-t for t in times),
         ),
-        "time_growth": 2 * max([0.0, *times]),
+        "time_growth": 2 * max([0.0, *growths]),
         "nonlinearity": max(_number(model.get("nonlinearity")) or 0.0, min(unlike, _SHATTERED)),
-        "scale": math.inf if overflows else 2 * max(0.0, max(scales, default=0.0) - _SOUND_SCALE),
+        "steepness": math.inf if overflows else 3 * max(0.0, steep),
         "collapse": max(0.0, -math.log10(max(min(signals, default=1.0), _SHARPEST))),
         "symmetry": _SYMMETRIC if spreads and max(spreads) < _SHARPEST else 0.0,
     }
-    learned = {"nonlinearity"} | ({"collapse"} if made_up else set()) | (set() if overflows else {"scale"})
+    learned = (
+        {"nonlinearity"} | ({"collapse", "time_growth"} if made_up else set()) | (set() if overflows else {"steepness"})
+    )
     return {name: 0.0 if trained and name in learned else decades for name, decades in found.items()}
 
 

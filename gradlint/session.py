@@ -161,7 +161,7 @@ def _finished(got: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], n
 
 
 # How a tap grows with the cotangent: squares by its square.
-_DEGREE = {"grad": 2, "wgrad": 2, "wabs": 1, "steps": 2, "seed": 2, "whole": 1}
+_DEGREE = {"grad": 2, "wgrad": 2, "wabs": 1, "steps": 2, "seed": 2, "shift": 1, "whole": 1}
 
 
 def _held(array: np.ndarray) -> bool:

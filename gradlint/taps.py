@@ -85,6 +85,13 @@ def tap_gram(taps: Taps, value: ir.Value, batch: int) -> None:
     taps.add("gram", "features", b.op("Gemm", rows, rows, transB=1))
 
 
+def tap_seed(taps: Taps, name: str, cotangent: ir.Value, axis: int | None) -> None:
+    """The square of the gradient at an output, and the gradient of a shift that all examples' outputs share."""
+    taps.add("seed", name, taps.b.op("ReduceSumSquare", cotangent, keepdims=0))
+    if axis is not None:
+        taps.add("shift", name, taps.b.op("ReduceSum", cotangent, taps.b.constant([axis]), keepdims=0))
+
+
 def batch_axis(shape: tuple[int, ...], batch: int) -> int | None:
     """The axis examples lie along: the one of the batch's size, else axis 0 where the batch is folded into it."""
     for axis in (0, 1):

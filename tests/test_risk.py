@@ -57,14 +57,14 @@ def test_each_loss_is_cut_off_and_all_are_added() -> None:
 
 
 def test_one_fatal_loss_is_enough() -> None:
-    assert min(CAPS["decay"], CAPS["symmetry"], CAPS["scale"], CAPS["time_growth"]) > HALF
+    assert min(CAPS["decay"], CAPS["symmetry"], CAPS["steepness"], CAPS["time_growth"]) > HALF
 
 
 def test_what_training_made_is_no_loss() -> None:
-    facts = {"nonlinearity": 1.0, "alignment": 1e-3, "trunk_min_decades": -1.5}
-    signal = [Subject("layer", "fc", facts={"trunk_signal": 0.01, "output_std": 1e3})]
+    facts = {"nonlinearity": 1.0, "alignment": 1e-3, "trunk_min_decades": -1.5, "sharpness": 6.0}
+    signal = [Subject("layer", "fc", facts={"trunk_signal": 0.01})]
     fresh, trained = (evidence({**facts, "stage": stage}, signal) for stage in ("init", "trained"))
-    assert all(fresh[name] > 0 for name in ("decay", "nonlinearity", "scale", "collapse"))
+    assert all(fresh[name] > 0 for name in ("decay", "nonlinearity", "steepness", "collapse"))
     assert fresh["nonlinearity"] == pytest.approx(2.0)
     assert {name: decades for name, decades in trained.items() if decades} == {"decay": 1.5}
     on_data = evidence({**facts, "stage": "trained", "data_given": True}, signal)

@@ -1,0 +1,108 @@
+"""How steep the loss is at the start: whether any usual learning rate is short enough for a step.
+
+Gradient descent is stable up to a rate of about 2 / the largest eigenvalue of the tangent kernel, which its trace
+bounds, and comes close to where activations are far from zero (LeCun et al. 1998; Jacot et al. 2018; Cohen et al.
+2021). The trace grows with the squared scale of weights and inputs at every layer: it shows what ratios between layers
+don't, such as two layers drawn far too large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import onnx_ir as ir
+
+from gradlint.anatomy import Anatomy
+from gradlint.estimate import Estimate
+from gradlint.fact_table import Subject
+from gradlint.graph import dims
+from gradlint.patterns import normalisations
+from gradlint.probe import Probe
+
+
+def unnormalised(graph: ir.Graph) -> frozenset[ir.Node]:
+    """Nodes with a way to the outputs on which nothing normalises what they compute.
+
+    Behind a normalisation the outputs stay where they are however long a step is: it makes the weights large, and their
+    next steps shorter by as much (Arora, Li, Lyu 2019).
+    """
+    norms = normalisations(graph)
+    pending = [p for o in graph.outputs if (p := o.producer()) is not None]
+    found: set[ir.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [] if node in norms else node.predecessors()
+    return frozenset(found)
+
+
+def estimated_sharpness(
+    parts: Anatomy, estimate: Estimate, output_gradient: float, floor: float | None
+) -> float | None:
+    """`trace` of the estimated gradients, those of independent targets; not below `floor`, the last layer's part."""
+    found = trace((_square(v, estimate.grad_rms(v)) for v in _counted(parts)), output_gradient)
+    return _at_least(found, floor)
+
+
+def measured_sharpness(parts: Anatomy, measured: Probe, output_gradient: float, floor: float | None) -> float | None:
+    """`trace` of the measured gradients; not below `floor`, the last layer's part."""
+    rows = measured.weights
+    squares = (_square(v, rows.get(str(v.name), {}).get("grad_rms")) for v in _counted(parts))
+    return _at_least(trace(squares, output_gradient, measured.coherence), floor)
+
+
+def trace(squares: Iterable[float], output_gradient: float, coherence: float = 1.0) -> float | None:
+    """log10 of the trace of the tangent kernel, of one output.
+
+    The squared gradient of the weights over that of a shift that the outputs of all examples share. squares: squared
+    norms of the weights' gradients; output_gradient: norm of the gradient at the last layer's output, per example;
+    coherence: how far these agree between examples. inf where the gradient is not finite; None where there is none.
+    """
+    total, shift = sum(squares), output_gradient**2 * coherence
+    if math.isinf(total):
+        return math.inf
+    return math.log10(total) - math.log10(shift) if total > 0 and 0 < shift < math.inf else None
+
+
+def last_part(weights: Sequence[Subject]) -> float | None:
+    """log10 of the last layer's part of the trace: the squared norm of the features it reads, without their mean.
+
+    Known where no gradient comes back, because the head's Softmax or Sigmoid is saturated by them.
+    """
+    kernels = [s for s in weights if s.facts.get("role") == "kernel"]
+    if not kernels:
+        return None
+    facts = max(kernels, key=lambda s: s.order).facts
+    fan_in, scale = facts.get("fan_in"), facts.get("forward_scale")
+    if not isinstance(fan_in, int | float) or not isinstance(scale, float) or not fan_in * scale > 0:
+        return None
+    return math.log10(fan_in) + 2 * math.log10(scale)
+
+
+def _at_least(found: float | None, floor: float | None) -> float | None:
+    return max((x for x in (found, floor) if x is not None), default=None)
+
+
+def shares(weights: Sequence[Subject], parts: Anatomy) -> list[float | None]:
+    """Squared norm of each counted weight's gradient / the largest of them, by the best evidence; None for others."""
+    layers = {str(n.name) for n in unnormalised(parts.graph)}
+    squares = [
+        float(s.facts["elements"] or 0) * rms**2
+        if s.layer in layers and isinstance(rms := s.facts.get("grad_rms"), float)
+        else None
+        for s in weights
+    ]
+    most = max((x for x in squares if x is not None), default=0.0)
+    return [x / most if x is not None and 0 < most < math.inf else None for x in squares]
+
+
+def _counted(parts: Anatomy) -> list[ir.Value]:
+    """Weights without a normalisation behind; those that several layers share once."""
+    bare = unnormalised(parts.graph)
+    return list(dict.fromkeys(u.value for u in parts.uses if u.layer in bare))
+
+
+def _square(value: ir.Value, rms: float | None) -> float:
+    return 0.0 if rms is None else math.prod(dims(value) or ()) * rms**2

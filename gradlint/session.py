@@ -96,7 +96,10 @@ def _rearrange_weights(graph: ir.Graph) -> None:
         if rearranged is None or len(arrays) < len(node.inputs) or arrays[0].nbytes <= _INLINE:
             continue
         old = node.outputs[0]
-        tensor = ir.Tensor(rearranged(node, *arrays), name=old.name)
+        try:
+            tensor = ir.Tensor(rearranged(node, *arrays), name=old.name)
+        except (IndexError, ValueError):
+            continue  # onnxruntime says what is wrong with it
         new = ir.Value(name=old.name, const_value=tensor, shape=tensor.shape, type=old.type)
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)

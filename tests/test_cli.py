@@ -441,3 +441,12 @@ def test_diff_fails_on_what_is_new(tmp_path: Path) -> None:
     assert json.loads(gradlint("diff", base, head, "--format", "json").stdout)["models"][0]["gone"] == []
     for format in ("markdown", "html"):
         assert "GL201" in gradlint("diff", base, head, "--format", format).stdout
+
+
+def test_what_few_models_need_is_not_imported() -> None:
+    """onnx_ir calculates symbolic sizes with sympy, which takes longer to import than a small model to check."""
+    model = SAMPLES / "resnet_bn.onnx"
+    command = [sys.executable, "-X", "importtime", "-m", "gradlint", str(model), "--fail-on", "never"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    assert "onnx_ir._core" in done.stderr
+    assert "sympy.core" not in done.stderr

@@ -9,7 +9,7 @@ import pytest
 
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
-from gradlint.graph import frames, is_gate, is_head, module, split_merged, trainable, weight_uses
+from gradlint.graph import frames, is_gate, is_head, main_output, module, split_merged, trainable, weight_uses
 from gradlint.load import from_proto, read
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -156,3 +156,21 @@ def test_heads() -> None:
     graph = text("a = Sigmoid(x)  b = MatMul(a, w)  y = Sigmoid(b)", weights)
     layers = {u.layer for u in weight_uses(graph)}
     assert [is_head(n, layers) for n in graph if n.op_type == "Sigmoid"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("body", "given"),
+    [
+        ("a = MatMul(x, w) y = Add(a, b)", "y"),
+        ("a = MatMul(x, w) y = Add(b, a)", "y"),
+        ("a = MatMul(x, w) s = Add(a, p) y = Relu(s)", "a"),  # numbers of their own for every example: no bias
+        ("a = MatMul(x, w) s = Add(a, b) r = Relu(a) y = Add(r, s)", "a"),  # also read without it
+        ("a = Relu(x) y = Add(a, b)", "a"),
+    ],
+)
+def test_a_product_gives_the_sum_with_its_bias(body: str, given: str) -> None:
+    weights = (
+        "<float[4, 4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}, float[4] b = {1,2,3,4}, float[2, 4] p = {1,2,3,4,5,6,7,8}>"
+    )
+    graph = text(body, weights, "(float[2, 4] x) => (float[2, 4] y)")
+    assert main_output(graph[0]).name == given

@@ -158,3 +158,50 @@ def test_differentiate_takes_weights_inputs_and_values_and_names_near_ones() -> 
     assert [o.name for o in backward.graph.output][1:] == ["x.grad", f"{weight}.grad", f"{value}.grad"]
     with pytest.raises(gradlint.UsageError, match="did you mean"):
         gradlint.differentiate(model, wrt=[weight + "s"])
+
+
+def test_a_weight_indexed_out_of_its_range_skips_the_probe() -> None:
+    rng = np.random.default_rng(0)
+    w = numpy_helper.from_array(rng.standard_normal((64, 64)).astype(np.float32), "w")
+    index = numpy_helper.from_array(np.full(64, 99), "index")
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["w", "index"], ["v"], name="rows"),
+            helper.make_node("MatMul", ["x", "v"], ["y"], name="product"),
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 64])],
+        [w, index],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    skipped = [f.message for f in gradlint.check(model).findings if f.rule == "probe-skipped"]
+    assert len(skipped) == 1
+    assert "out of data bounds" in skipped[0]
+
+
+def test_running_statistics_stay_as_they_are(tmp_path: Path) -> None:
+    """Weights are read in place, and onnxruntime writes a batch's statistics over those it is given."""
+    channels = 2048  # larger than what travels in the model
+    one = np.ones(channels, np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                "BatchNormalization", ["x", "s", "b", "m", "v"], ["y", "new_mean", "new_var"], name="norm",
+                training_mode=1,
+            )
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, channels])],
+        [
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, shape)
+            for n, shape in (("y", [4, channels]), ("new_mean", [channels]), ("new_var", [channels]))
+        ],
+        [numpy_helper.from_array(a, n) for n, a in {"s": 2 * one, "b": 3 * one, "m": 4 * one, "v": 5 * one}.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save_model(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    before = (tmp_path / "m.data").read_bytes()
+    reports = [gradlint.check(tmp_path / "m.onnx", mode="train") for _ in range(2)]
+    assert reports[0].weights == reports[1].weights
+    assert (tmp_path / "m.data").read_bytes() == before

@@ -24,6 +24,7 @@ from gradlint.subgraphs import captured
 from gradlint.transfer import BLOCKED, BOUND, MOMENTS, PULLBACK, RANGE, Context
 
 _SMALL = 1 << 18  # elements: constants up to this size are described element by element, larger ones by rows that ask
+_FEW = 1 << 14  # elements: larger constants are forgotten once both sweeps are done
 _BOUND_LIMIT = 1e6
 
 
@@ -110,7 +111,8 @@ def estimate(
             one = np.ones((1,) * len(output.shape or ()))
             gradients[output] = Gradient(0 * one, one)
     edges = _backward(ctx, graph, moments, gradients)
-    return Estimate(batch, moments, gradients, edges, tuple(dict.fromkeys(unmodelled)), frozenset(behind), varies)
+    kept = {v: x for v, x in moments.items() if v in varies or x.mean.size <= _FEW}
+    return Estimate(batch, kept, gradients, edges, tuple(dict.fromkeys(unmodelled)), frozenset(behind), varies)
 
 
 def _known(ctx: Context, moments: dict[ir.Value, Moments], value: ir.Value | None) -> Moments | None:

@@ -76,7 +76,7 @@ def test_the_dark_page_is_dark(pages: dict[str, str], browser: Browser) -> None:
 
 
 def test_levels_are_filtered(pages: dict[str, str], browser: Browser) -> None:
-    page = _open(browser, pages["digits_sigmoid"])
+    page = _open(browser, pages["sigmoid_chain_50"])
     boxes = page.locator(".filters input")
     assert boxes.count() >= 2
     for index in range(boxes.count()):

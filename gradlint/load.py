@@ -97,10 +97,14 @@ def from_proto(proto: onnx.ModelProto, where: str, folder: Path, size: int | Non
     if size is not None and inside > size:
         raise ModelError(f"{where}: the tensors need {inside} bytes, the file has {size}: the file is damaged")
     _check_names(proto.graph, where)
+    _check_types(proto.graph, where)
     try:
         model = ir.from_proto(proto)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        raise ModelError(f"{where}: the graph can't be read: {_line(error)}") from None
+    except (ir.serde.SerdeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # what the reader says around it quotes the file
+            cause = cause.__cause__
+        raise ModelError(f"{where}: the graph can't be read: {_line(cause)}") from None
     try:
         model.graph.sort()
         for function in model.functions.values():
@@ -301,6 +305,18 @@ def _count_nodes(graph: onnx.GraphProto) -> int:
     )
 
 
-def _line(error: Exception) -> str:
+def _check_types(graph: onnx.GraphProto, where: str) -> None:
+    """Maps, as the ZipMap of converted classifiers gives them, are no tensors."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        kind = value.type
+        while (form := kind.WhichOneof("value")) in ("sequence_type", "optional_type"):
+            kind = getattr(kind, form).elem_type
+        if form == "map_type":
+            raise ModelError(
+                f"{where}: {value.name!r} holds maps, not tensors: export without ZipMap (skl2onnx: zipmap=False)"
+            )
+
+
+def _line(error: BaseException) -> str:
     """The first line of a library's message, short enough for one line of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -236,3 +236,23 @@ def test_a_model_with_external_data_is_measured_like_one_without(tmp_path: Path)
     assert measured[0]
     assert measured[0][0]["grad_rms"] > 0
     assert measured[0] == measured[1]
+
+
+def test_maps_are_no_tensors(tmp_path: Path) -> None:
+    """What converters make of a classifier that names its classes."""
+    model = linear()
+    probabilities = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+    )
+    model.graph.node.append(helper.make_node("ZipMap", ["y"], ["p"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2]))
+    model.graph.output.append(helper.make_value_info("p", probabilities))
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    with pytest.raises(ModelError, match=r"'p' holds maps, not tensors: export without ZipMap"):
+        read(write(tmp_path, model.SerializeToString()))
+
+
+def test_what_the_reader_can_not_take_is_one_line(tmp_path: Path) -> None:
+    model = linear()
+    model.graph.input[0].type.tensor_type.elem_type = 99
+    with pytest.raises(ModelError, match=r"the graph can't be read: [^\n]+$"):
+        read(write(tmp_path, model.SerializeToString()))

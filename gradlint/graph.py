@@ -34,7 +34,9 @@ MOVES = frozenset(
 # Those of them that keep every element.
 REORDERS = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 
-_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
+# Operators that multiply by a kernel, once.
+PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
+
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _SQUASHING = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "Softmax", "LogSoftmax", "Erf", "Clip"})
@@ -62,7 +64,7 @@ def main_output(node: ir.Node) -> ir.Value:
     """What a layer gives: its first output that anything reads (of a recurrent operator it may be the last state
     alone), with the bias that the exporter made an addition of its own."""
     out = next((o for o in node.outputs if o.uses() or o.is_graph_output()), node.outputs[0])
-    if node.op_type not in _PRODUCTS or len(out.uses()) != 1 or out.is_graph_output():
+    if node.op_type not in PRODUCTS or len(out.uses()) != 1 or out.is_graph_output():
         return out
     (reader,) = (use.node for use in out.uses())
     biased = op(reader) == "Add" and any(v is not out and _is_bias(v) for v in reader.inputs)

@@ -100,7 +100,7 @@ def from_proto(proto: onnx.ModelProto, where: str, folder: Path, size: int | Non
     _check_types(proto.graph, where)
     try:
         model = ir.from_proto(proto)
-    except (ir.serde.SerdeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # what the reader says around it quotes the file
             cause = cause.__cause__

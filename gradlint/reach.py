@@ -12,7 +12,7 @@ import gradlint.ops  # noqa: F401  (fills BLOCKED)
 from gradlint.anatomy import Anatomy
 from gradlint.attention_facts import Attention
 from gradlint.fact_table import Fact, Subject
-from gradlint.graph import MOVES, WeightUse, constant_array, dims, is_float, op, trainable
+from gradlint.graph import MOVES, PRODUCTS, WeightUse, constant_array, dims, is_float, op, trainable
 from gradlint.patterns import array_behind, onward, rescaled
 from gradlint.structure import KERNEL_OPS, Bypasses
 from gradlint.subgraphs import subgraphs
@@ -86,7 +86,7 @@ def _descendants(node: ir.Node) -> set[ir.Node]:
 def _annuls(node: ir.Node, index: int, around: Bypasses) -> bool:
     """Does a bypassed node multiply its input by zero: a zero kernel, or a scale of (almost) zero that ends the
     branch?"""
-    if op(node) in KERNEL_OPS - {"LSTM", "GRU", "RNN", "Einsum"}:
+    if op(node) in PRODUCTS - {"Einsum"}:
         return index == 0 and _is_zero(array_behind(node.inputs[1]), 0.0)
     if not any(n in around.joins for n, _ in onward(node.outputs[0])):
         return False

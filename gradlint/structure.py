@@ -12,7 +12,7 @@ from gradlint.anatomy import Anatomy
 from gradlint.constants import varying
 from gradlint.estimate import Estimate
 from gradlint.fact_table import Fact
-from gradlint.graph import ACTIVATIONS, MOVES, attribute, dims, is_float, is_gate, is_head, main_output, op
+from gradlint.graph import ACTIVATIONS, MOVES, PRODUCTS, attribute, dims, is_float, is_gate, is_head, main_output, op
 from gradlint.patterns import (
     Composition,
     activation_name,
@@ -26,7 +26,7 @@ from gradlint.transfer import ELEMENTWISE, derivative
 _JOINS = frozenset(
     {"Add", "Sum", "Concat", "com.microsoft:SkipLayerNormalization", "com.microsoft:SkipSimplifiedLayerNormalization"}
 )
-KERNEL_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"})
+KERNEL_OPS = PRODUCTS | {"LSTM", "GRU", "RNN"}
 _SLOPES = {"Silu": 1.0998, "Gelu": 1.1290, "Mish": 1.0885, "HardSwish": 1.5, "Softsign": 1.0}  # sup |f'|
 _SIMPLE = frozenset({"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish",
                      "Softplus", "Softsign", "Gelu", "Mish", "Swish", "Softmax", "LogSoftmax"})  # fmt: skip

@@ -114,10 +114,9 @@ def tap_weight(taps: Taps, name: str, weight: ir.Value, g: ir.Value, *, whole: b
     taps.add("wgrad", name, b.op("ReduceSumSquare", g, rows, keepdims=0))
     taps.add("wabs", name, b.op("ReduceL1", g, rows, keepdims=0))
     if size > _SAMPLE:
-        g = b.op(
-            "Slice", b.op("Reshape", g, b.constant([-1])), *(b.constant([k]) for k in (0, size, 0, -(-size // _SAMPLE)))
-        )
-        size = -(-size // -(-size // _SAMPLE))
+        step = math.ceil(size / _SAMPLE)
+        g = b.op("Slice", b.op("Reshape", g, b.constant([-1])), *(b.constant([k]) for k in (0, size, 0, step)))
+        size = math.ceil(size / step)
     taps.samples[name] = size
     taps.add("nonzero", name, b.op("ReduceSumSquare", b.op("Sign", g), keepdims=0))
 

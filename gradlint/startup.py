@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import sys
@@ -13,11 +12,10 @@ from importlib.util import LazyLoader
 from types import ModuleType
 from typing import NoReturn
 
+from gradlint import memory
+
 # onnx_ir calculates symbolic sizes with sympy, which takes a fifth of a second to import and few models need.
 _SELDOM_USED = frozenset({"sympy", "onnx_ir._symbolic_shapes"})
-# glibc's names for the size from which an allocation is a mapping of its own, and for what it returns to the kernel.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGE = 32 << 20  # bytes
 _GARBAGE = 100_000  # objects between two searches for garbage: what a command builds, it needs
 
 
@@ -36,16 +34,7 @@ def begin() -> None:
     """Before a command imports what it needs."""
     sys.meta_path.insert(0, _Lazily)
     gc.set_threshold(_GARBAGE)
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Let what an estimate has freed serve the probe: new pages take a tenth of its time. Elsewhere than on glibc: no
-    change."""
-    with suppress(AttributeError, OSError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, _LARGE)
-        libc.mallopt(_TRIM_THRESHOLD, 8 * _LARGE)
+    memory.keep()
 
 
 def end(code: int) -> NoReturn:

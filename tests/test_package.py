@@ -98,6 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "taps": _TABLES,
     "session": {"data", "graph", "taps"},
     "figures": {"graph", "taps"},
+    "memory": set(),
     "histograms": {"backward", "data", "session"},
     "probe": {
         *_TABLES,
@@ -106,6 +107,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "figures",
         "histograms",
         "losses",
+        "memory",
         "options",
         "reverse",
         "session",

@@ -81,15 +81,16 @@ def _spread(
 
 
 def _slopes(name: str, sums: Mapping[tuple[str, str], np.ndarray], taps: Taps, chunks: int) -> dict[str, float]:
-    slope = sums["slope", name] / chunks
-    flat = float((sums["flat", name] / chunks).mean())
+    each = taps.samples[name] * chunks
+    slope = sums["slope", name] / each
+    flat = float((sums["flat", name] / each).mean())
     return {
         "slope": math.sqrt(float(slope.mean())),
-        "saturated": float((sums["saturated", name] / chunks).mean()),
+        "saturated": float((sums["saturated", name] / each).mean()),
         "flat": flat,
         "fully_saturated": flat,
         "dead": float((slope == 0).mean()),
-        "samples_per_unit": taps.samples[name] * chunks,
+        "samples_per_unit": each,
     }
 
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from gradlint import memory
 from gradlint.alignment import alignment, gram_of_inputs
 from gradlint.backward import Backward
 from gradlint.data import Arrays, Data
 from gradlint.exceptions import DataError
 from gradlint.figures import ACTIVATION, coherence, statistics
-from gradlint.graph import FLOATS, dims, is_float, op
+from gradlint.graph import FLOATS, REORDERS, dims, is_float, op
 from gradlint.histograms import Histogram, View, Wanted, measure
 from gradlint.losses import seeds_of
 from gradlint.ops.batch_normalization import to_train_mode
@@ -119,8 +120,9 @@ def probe(
     seeds, feeds, losses = seeds_of(emitter, graph, data, loss, seed, scale, batch, chunks)
     emitter.emit(graph)
     wanted = [values[n] for n in (*request.weights, *request.values) if n in values and is_float(values[n])]
+    forward = len(graph)
     b, grads, cuts = backward(graph, seeds, wanted, mode=mode)
-    passes = len(graph)
+    kept, passes = _kept(list(graph), forward), len(graph)
     taps = Taps(b)
     for name in request.values:
         if name in values:
@@ -154,7 +156,8 @@ def probe(
     taken: set[ir.Value] = set(graph.inputs)
     graph.outputs.extend(named_output(graph, v, f"tap.{k}", taken) for k, v in enumerate(taps.distinct()))
     try:
-        session = session_of(model, graph, threads)
+        with memory.at_hand(kept * 2 // 3):  # the rest fits into what loading frees
+            session = session_of(model, graph, threads)
     except runtime_errors() as error:
         return Skipped(f"onnxruntime can't load the model: {_first_line(error)}", _remedy(error))
     built = time.perf_counter()
@@ -234,6 +237,17 @@ def _learn_shapes(model: ir.Model, graph: ir.Graph, feeds: Arrays, threads: int)
         feed = {i.name: part(feeds[i.name], 0, i.shape) for i in session.get_inputs()}
         for output, array in zip(unknown, session.run([o.name for o in unknown], feed), strict=True):
             output.shape = ir.Shape(array.shape)
+
+
+def _kept(nodes: Sequence[ir.Node], forward: int) -> int:
+    """Bytes of what the backward pass reads of the forward one, whose nodes are the first `forward`."""
+    made = {o for n in nodes[:forward] for o in n.outputs}
+    found: set[ir.Value] = set()
+    for value in {v for n in nodes[forward:] for v in n.inputs if v in made and v is not None}:
+        while (node := value.producer()) is not None and op(node) in REORDERS - {"Transpose"} and node.inputs[0]:
+            value = node.inputs[0]  # the same memory
+        found.add(value)
+    return sum(math.prod(shape) * 4 for v in found if (shape := dims(v)) is not None and v in made)
 
 
 def _reduce_early(graph: ir.Graph, passes: int) -> None:

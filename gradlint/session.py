@@ -19,7 +19,7 @@ from gradlint.graph import attribute, constant_array, op
 from gradlint.taps import Taps
 
 SCALE = "gradlint.scale"
-_SCALES = (0, 60, 100, -60)  # powers of two the cotangent is tried with
+_SCALES = (60, 100, -60)  # powers of two the cotangent is tried with where 1 won't do
 # Blocks of channels: to reorder every kernel takes longer than one run gains, and as much memory as the kernels.
 _BLOCKED = "NchwcTransformer"
 _INLINE = 4096  # bytes of a weight that travels in the model
@@ -137,30 +137,41 @@ def _proto(model: ir.Model, graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -
 
 def run(session: Any, taps: Taps, feeds: Arrays, chunks: int) -> dict[tuple[str, str], np.ndarray]:
     """Every tap in float64; squares that left float32's safe range come from a run with scaled cotangent."""
-    best: dict[tuple[str, str], np.ndarray] = {}
-    doubtful: set[tuple[str, str]] = set()
+    best = got = _run_once(session, taps, feeds, chunks, 0)
+    doubtful = [key for key in got if key[0] in _DEGREE]
     for power in _SCALES:
-        got = _finished(taps.by_key(_run_once(session, feeds, chunks, power)))
-        if power == 0:
-            best = dict(got)
-            doubtful = {key for key in got if key[0] in _DEGREE}
-        for key in [k for k in got if k in doubtful and _held(got[k])]:
-            best[key] = got[key] * 2.0 ** (-power * _DEGREE[key[0]])
-            doubtful.discard(key)
-        if not any(_out_of_range(got[k]) for k in doubtful):
+        if not doubtful or not _out_of_range(np.concatenate([got[key].reshape(-1) for key in doubtful])):
             break
+        doubtful = [key for key in doubtful if not _held(got[key])]
+        got = _run_once(session, taps, feeds, chunks, power)
+        best = best | {k: got[k] * 2.0 ** (-power * _DEGREE[k[0]]) for k in doubtful if _held(got[k])}
     return best
 
 
-def _finished(got: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
-    """Reductions that are completed here: rows of a weight are summed, small averages over examples reduced."""
-    for (kind, name), array in list(got.items()):
-        if kind in ("wgrad", "wabs"):
-            got[kind, name] = array.sum()
-        elif kind == "average":
-            got["mean", name], got["common", name] = array.mean(), np.square(array).sum()
-            del got[kind, name]
-    return got
+def _run_once(session: Any, taps: Taps, feeds: Arrays, chunks: int, power: int) -> dict[tuple[str, str], np.ndarray]:
+    """Every tap in float64, summed over chunks."""
+    total: dict[tuple[str, str], np.ndarray] = {}
+    shapes = {i.name: i.shape for i in session.get_inputs()}
+    for k in range(chunks):
+        feed = {n: part(a, k, shapes[n]) for n, a in feeds.items() if n in shapes}
+        if SCALE in shapes:
+            feed[SCALE] = np.asarray(2.0**power, np.float32)
+        got = _finished(taps.by_key(session.run(None, feed)))
+        total = {key: total[key] + a for key, a in got.items()} if total else got
+    return total
+
+
+def _finished(got: Mapping[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+    """In float64, with the reductions that are completed here: rows of a weight are summed, small averages over
+    examples reduced."""
+    found: dict[tuple[str, str], Any] = {}  # numpy's scalars are arrays, if not to a type checker
+    for (kind, name), array in got.items():
+        wide = np.asarray(array, np.float64)
+        if kind == "average":
+            found["mean", name], found["common", name] = wide.mean(), np.vdot(wide, wide)
+        else:
+            found[kind, name] = wide.sum() if kind in ("wgrad", "wabs") and wide.ndim else wide
+    return found
 
 
 # How a tap grows with the cotangent: squares by its square.
@@ -178,19 +189,6 @@ def _out_of_range(array: np.ndarray) -> bool:
     """Is there a sign of underflow or overflow? (Exact zeros alone are no sign: many gradients are zero.)"""
     size = np.abs(array)
     return bool((~np.isfinite(array)).any() or ((size > 0) & (size < _SAFE[0])).any() or (size > _SAFE[1]).any())
-
-
-def _run_once(session: Any, feeds: Arrays, chunks: int, power: int) -> list[np.ndarray]:
-    """All outputs, summed over chunks, in float64."""
-    total: list[np.ndarray] = []
-    shapes = {i.name: i.shape for i in session.get_inputs()}
-    for k in range(chunks):
-        feed = {n: part(a, k, shapes[n]) for n, a in feeds.items() if n in shapes}
-        if SCALE in shapes:
-            feed[SCALE] = np.asarray(2.0**power, np.float32)
-        results = [np.asarray(r, np.float64) for r in session.run(None, feed)]
-        total = [a + r for a, r in zip(total, results, strict=True)] if total else results
-    return total
 
 
 def part(array: np.ndarray, k: int, shape: Sequence[int | str]) -> np.ndarray:

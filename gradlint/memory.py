@@ -14,7 +14,7 @@ from typing import Any
 
 # glibc's names for the size from which an allocation is a mapping of its own, and for what it returns to the kernel.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGE = 32 << 20  # bytes
+LARGE = 32 << 20  # bytes; glibc refuses a higher one
 _BLOCK = 1 << 20  # bytes the kernel is asked for at once: others that want memory wait that long
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
 
@@ -26,8 +26,8 @@ def keep() -> None:
     global _libc
     with suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, _LARGE)
-        libc.mallopt(_TRIM_THRESHOLD, 8 * _LARGE)
+        libc.mallopt(_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(_TRIM_THRESHOLD, 8 * LARGE)
         libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
         libc.free.argtypes = [ctypes.c_void_p]
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -240,14 +240,16 @@ def _learn_shapes(model: ir.Model, graph: ir.Graph, feeds: Arrays, threads: int)
 
 
 def _kept(nodes: Sequence[ir.Node], forward: int) -> int:
-    """Bytes of what the backward pass reads of the forward one, whose nodes are the first `forward`."""
+    """Bytes of what the backward pass reads of the forward one, whose nodes are the first `forward`: of values that
+    don't get mappings of their own."""
     made = {o for n in nodes[:forward] for o in n.outputs}
     found: set[ir.Value] = set()
     for value in {v for n in nodes[forward:] for v in n.inputs if v in made and v is not None}:
         while (node := value.producer()) is not None and op(node) in REORDERS - {"Transpose"} and node.inputs[0]:
             value = node.inputs[0]  # the same memory
         found.add(value)
-    return sum(math.prod(shape) * 4 for v in found if (shape := dims(v)) is not None and v in made)
+    sizes = [math.prod(shape) * 4 for v in found if (shape := dims(v)) is not None and v in made]
+    return sum(n for n in sizes if n < memory.LARGE)
 
 
 def _reduce_early(graph: ir.Graph, passes: int) -> None:

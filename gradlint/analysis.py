@@ -21,13 +21,14 @@ from gradlint.canonical import canonicalize
 from gradlint.data import Data, check_inputs, read_data, setting, synthetic
 from gradlint.domain import Moments, Range
 from gradlint.estimate import Estimate, Proof, estimate, prove
-from gradlint.exceptions import DataError, UsageError
+from gradlint.exceptions import DataError
 from gradlint.fact_table import Fact, Subject
 from gradlint.facts import EXPORT_LINE, Facts, gather, request
 from gradlint.graph import FLOATS, dims, folded_batchnorms, is_float, op, split_merged
 from gradlint.identity import identities
 from gradlint.judge import judge, verdict
 from gradlint.load import Source, from_proto, read, source
+from gradlint.naming import check_names
 from gradlint.options import Options
 from gradlint.pictures import pictured
 from gradlint.probe import Probe, Skipped, probe
@@ -136,6 +137,7 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     began = time.perf_counter()
     source = _source(model)
     graph = source.model.graph
+    check_names(graph, options)
     data = _given(graph, options)
     settings = {str(v.name): setting(v, options.seed, _value(v, options, data)) for v in deciding_inputs(graph)}
     inputs = list(graph.inputs)
@@ -189,9 +191,6 @@ def _source(model: str | os.PathLike[str] | onnx.ModelProto) -> Source:
 def _given(graph: ir.Graph, options: Options) -> Data | None:
     """The user's data, checked; scalars of --input are filled in later, when shapes are known."""
     inputs = {str(v.name): v for v in graph.inputs if v.name not in graph.initializers}
-    for name in (*options.values, *options.ranges, *options.stats):
-        if name not in inputs:
-            raise UsageError(f"the model has no input {name!r} (inputs: {', '.join(inputs)})")
     if options.data is None:
         return None
     outputs = tuple(str(o.name) for o in graph.outputs)

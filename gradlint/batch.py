@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from gradlint.exceptions import GradlintError, UsageError
-from gradlint.options import Options
+from gradlint.options import Options, Task
 from gradlint.results import Fault, Report
 
 Result = TypeVar("Result")
-Task = tuple[str, Options]
 # Called with the number of models done and the name of one in work.
 Watch = Callable[[int, str], None]
 _TICK = 0.2

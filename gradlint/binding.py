@@ -71,20 +71,21 @@ def dim_key(value: ir.Value, axis: int) -> str:
     return symbol if symbol and symbol != "?" else f"{value.name}.{axis}"
 
 
+def open_dimensions(graph: ir.Graph) -> list[str]:
+    """The names under which `--dim` sets sizes, in the order of the inputs."""
+    inputs = [v for v in graph.inputs if v.name not in graph.initializers]
+    return list(dict.fromkeys(dim_key(v, a) for v in inputs for a, d in enumerate(v.shape or ()) if _unknown(d)))
+
+
 def bind(model: ir.Model, dims: Dims, where: str) -> tuple[str, ...]:
     inputs = [v for v in model.graph.inputs if v.shape is not None]
-    names = {v.name for v in model.graph.inputs}
-    for name in dims.shapes:
-        if name not in names:
-            raise DataError(f"{where}: no input named {name!r}; inputs: {', '.join(sorted(map(str, names)))}")
     known: dict[str, int] = dict(dims.names)
     for value in inputs:
         _check_given(value, dims.shapes.get(str(value.name)), known, where)
     batch_keys = {dim_key(v, 0) for v in inputs if len(v.shape or ()) > 0 and _unknown(v.shape[0])}  # type: ignore[index]
     states = {v for v in inputs if len(v.shape or ()) == 3 and not _unknown(v.shape[0]) and batch_keys}  # type: ignore[index]
     batch_keys |= {dim_key(v, 1) for v in states if _unknown(v.shape[1])}  # type: ignore[index]
-    keys = [dim_key(v, a) for v in inputs for a, d in enumerate(v.shape or ()) if _unknown(d)]
-    free = [k for k in dict.fromkeys(keys) if k not in known]
+    free = [k for k in open_dimensions(model.graph) if k not in known]
     assumed = [f"{k} = {dims.batch}" for k in free if k in batch_keys]
     known |= {k: dims.batch for k in free if k in batch_keys}
     free = [k for k in free if k not in batch_keys]

@@ -19,7 +19,7 @@ import click
 from gradlint import flags, output, startup
 from gradlint.batch import check_models, find_models, guarded
 from gradlint.exceptions import UsageError
-from gradlint.options import Options
+from gradlint.options import Options, Task
 from gradlint.report import TELL_FAULTS, render
 from gradlint.results import LEVELS, Fault, Finding, Report
 
@@ -81,10 +81,10 @@ def check(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     for target in filter(None, (settings["output"], *files.values())):
         output.check_target(target, paths)
     wants_page = "html" in files or settings["format"] == "html"
-    options = replace(flags.to_options(settings), pictures=wants_page)
     known = settings.get("baseline")
-    rules = _rules_checked(options, config, paths, known is not None)
-    reports, faults = _check(paths, options, config, settings)
+    rules = _rules_checked(flags.to_options(settings), config, paths, known is not None)
+    tasks = _tasks(paths, config, settings, pictures=wants_page)
+    reports, faults = _check(tasks, settings)
     stale: list[tuple[Report, Entry]] = []
     if known:
         reports, stale = _hide(reports, known, rules)
@@ -126,18 +126,19 @@ def diff(ctx: click.Context, base: str, head: str, max_loss: float | None, **_: 
     target, page = ctx.params["output"], ctx.params["html"]
     for file in filter(None, (target, page)):
         output.check_target(file, (base, head))
-    options = flags.to_options(settings)
     sides: list[list[Report]] = []
+    paths = {side: _models([side]) for side in (base, head) if not side.endswith(".json")}
+    tasks = _tasks(list(dict.fromkeys(path for some in paths.values() for path in some)), config, settings)
     for side in (base, head):
-        if side.endswith(".json"):
+        if side not in paths:
             sides.append(read_reports(side))
             continue
-        reports, faults = _check(_models([side]), options, config, settings)
+        reports, faults = _check([task for task in tasks if task[0] in paths[side]], settings)
         if faults:
             return 2
         sides.append(reports)
     differences = compare_all(*sides)
-    if not any(side.endswith(".json") for side in (base, head)):
+    if {base, head} == paths.keys():
         from gradlint.movement import movements
 
         differences = [replace(d, moves=movements(d.base, d.head)) if d.base else d for d in differences]
@@ -161,7 +162,7 @@ def baseline(ctx: click.Context, models: Sequence[str], **_: Any) -> int:
     config, settings = _settings(ctx, models)
     target, paths = ctx.params["output"], _models(models)
     output.check_target(target, paths)
-    reports, faults = _check(paths, flags.to_options(settings), config, settings)
+    reports, faults = _check(_tasks(paths, config, settings), settings)
     if faults:
         return 2
     output.write_file(target, to_baseline(reports, Path(target).parent))
@@ -342,11 +343,21 @@ def _rules_checked(options: Options, config: Config, paths: Sequence[str], wante
     )
 
 
-def _check(
-    paths: Sequence[str], options: Options, config: Config, settings: dict[str, Any]
-) -> tuple[list[Report], list[Fault]]:
-    """Check the models; the faults are told on standard error."""
+def _tasks(paths: Sequence[str], config: Config, settings: dict[str, Any], *, pictures: bool = False) -> list[Task]:
+    """The models with their options. What a configuration says by name is for those models that have the name."""
+    options = replace(flags.to_options(settings), pictures=pictures)
     tasks = [(path, replace(options, ignore=(*options.ignore, *config.model_ignores(path)))) for path in paths]
+    named = {key: table for key, table in flags.BY_NAME.items() if settings.get(key)}
+    configured = {table for key, table in named.items() if settings[key] is config.settings.get(key)}
+    if not named or (len(tasks) == 1 and not configured):
+        return tasks  # a name that is wrong is told when the model is read
+    from gradlint.naming import shared
+
+    return shared(tasks, lenient=configured)
+
+
+def _check(tasks: Sequence[Task], settings: dict[str, Any]) -> tuple[list[Report], list[Fault]]:
+    """Check the models; the faults are told on standard error."""
     with output.progress(len(tasks)) as watch:
         outcomes = check_models(tasks, jobs=settings["jobs"], timeout=settings["timeout"], watch=watch)
     faults = [outcome for outcome in outcomes if isinstance(outcome, Fault)]

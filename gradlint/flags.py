@@ -247,6 +247,10 @@ def _format_by_name(ctx: click.Context, file: str | None) -> str | None:
     return name
 
 
+# What is said of inputs and dimensions by their name, and the field of Options that holds it.
+BY_NAME = {"dim": "dims", "input": "values", "input-shape": "shapes", "input-range": "ranges", "input-stats": "stats"}
+
+
 def to_options(settings: Mapping[str, Any]) -> Options:
     """The analysis's part of the settings."""
     data, root, select = settings.get("data"), settings.get("source-root"), settings.get("select")

@@ -84,3 +84,6 @@ class Options:
                 raise UsageError(f"{name}: {value!r} is not a whole number of at least {least}")
         if self.lr is not None and not (isinstance(self.lr, int | float) and 0 < self.lr < float("inf")):
             raise UsageError(f"lr: {self.lr!r} is not a number above 0")
+
+
+Task = tuple[str, Options]  # a model's path, and how to check it

@@ -146,7 +146,6 @@ def test_dimensions_by_name_and_by_position() -> None:
     [
         ({"x": (2, 5)}, "dimensions"),
         ({"x": (2, 3, 5)}, "axis 2 must be 4"),
-        ({"z": (2, 3, 4)}, "no input named 'z'"),
     ],
 )
 def test_shapes_that_do_not_fit(shapes: dict[str, tuple[int, ...]], said: str) -> None:

@@ -123,6 +123,41 @@ def test_wrong_usage_is_one_line_that_says_what_to_do(arguments: str, says: str,
     assert says in _error(gradlint(*arguments.split(), cwd=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--dim zz=3", "digits_relu.onnx: the model has no dimension 'zz' (dimensions: batch)"),
+        ("--dim batsh=3", "'batsh' (dimensions: batch); did you mean batch?"),
+        ("--input-shape inptu:4,64", "the model has no input 'inptu' (inputs: input); did you mean input?"),
+        ("--input-range z:0,1", "the model has no input 'z'"),
+        ("--input-stats z:0,1", "the model has no input 'z'"),
+        ("--input z=1", "the model has no input 'z'"),
+        (f"{SIGMOID} --dim zz=3", "error: no model has the dimension 'zz' (dimensions: batch)"),
+        (f"{SIGMOID} --input z=3", "error: no model has the input 'z' (inputs: input)"),
+    ],
+)
+def test_a_name_that_no_model_has_is_an_error(arguments: str, says: str) -> None:
+    assert says in _error(gradlint(RELU, "--no-probe", *arguments.split()))
+    command = ["diff", RELU] if SIGMOID in arguments else ["baseline", RELU, "-o", "/dev/null"]
+    assert says in _error(gradlint(*command, "--no-probe", *arguments.split()))
+
+
+def test_several_models_need_not_all_have_a_name(tmp_path: Path) -> None:
+    for name in ("N", "M"):
+        text = f'<ir_version: 8, opset_import: ["" : 17]> net (float[{name}, 8] x{name}) => (float[{name}, 8] y)'
+        onnx.save(onnx.parser.parse_model(f"{text} {{ y = Tanh(x{name}) }}"), tmp_path / f"{name}.onnx")
+    concise = ("--format", "concise", "--no-probe")
+    both = gradlint("N.onnx", "M.onnx", "--dim", "N=3", "--input-range", "xM:0,1", *concise, cwd=tmp_path)
+    assert (both.returncode, both.stderr) == (0, "")
+    (tmp_path / "gradlint.toml").write_text("dim = { N = 3 }\n")
+    for model in ("N.onnx", "M.onnx"):  # what a configuration says by name is for the models that have it
+        assert gradlint(model, *concise, cwd=tmp_path).returncode == 0
+    (tmp_path / "bad.onnx").write_bytes(b"\x08")
+    run = gradlint("M.onnx", "bad.onnx", "--dim", "K=3", *concise, cwd=tmp_path)
+    assert run.returncode == 2
+    assert [line.split(":")[0] for line in run.stdout.splitlines()] == ["M.onnx"]  # bad.onnx might have had it
+
+
 def test_an_empty_name_is_no_folder(tmp_path: Path) -> None:
     assert "a model's name is empty" in _error(gradlint("", cwd=tmp_path))
     assert "a model's name is empty" in _error(gradlint(RELU, "", cwd=tmp_path))

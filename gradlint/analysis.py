@@ -156,6 +156,8 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     guess = _estimate(graph, options, data, assumed)
     estimated = time.perf_counter()
     probed, origin = _probe(source, guess, parts, options, data)
+    if isinstance(probed, Skipped) and sizes and (probed.rejected or not probed.remedy):
+        probed = replace(probed, remedy=_other_sizes(sizes, probed.remedy))
     measured = time.perf_counter()
     proof = prove(graph, _ranges(graph, options), batch=guess.batch, mode=options.mode)  # its ranges take memory
     rejected = bool(sizes) and getattr(probed, "rejected", False)
@@ -165,6 +167,10 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     return _Examined(
         source, described, tuple(assumed), parts, guess, proof, probed, origin, rejected, *times, *before, zero_head
     )
+
+
+def _other_sizes(chosen: Sequence[str], remedy: str) -> str:
+    return f"choose other sizes than {_few(chosen)} with --dim NAME=SIZE" + (f", or {remedy}" if remedy else "")
 
 
 def _sizes(value: ir.Value, array: np.ndarray) -> tuple[int, ...]:

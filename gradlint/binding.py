@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from gradlint.exceptions import DataError
-from gradlint.graph import FLOATS, op
+from gradlint.graph import FLOATS, dims, is_float, op
 
 # Sizes tried, in this order, for dimensions nobody gave: images, then sequences and the rest.
 _IMAGE_SIZES = (64, 32, 48, 96, 128, 224, 256, 320, 512)
@@ -92,30 +91,33 @@ def bind(model: ir.Model, dims: Dims, where: str) -> tuple[str, ...]:
     image = any(len(v.shape or ()) == 4 for v in inputs)
     originals = {v: v.shape for v in inputs}
 
-    def missing(size: int) -> float:
-        """Outputs whose shape stays unknown at this size; infinite where the graph contradicts it."""
+    def gap(size: int) -> tuple[bool, int]:
+        """Does the graph contradict this size? And how many outputs stay unknown or are empty."""
         trial = known | dict.fromkeys(free, size)
         for value, shape in originals.items():
             assert shape is not None
             numbers = [trial[dim_key_of(value, shape, a)] if _unknown(d) else d for a, d in enumerate(shape)]
             value.shape = ir.Shape(numbers)
-        return _unknown_shapes(model) if infer_shapes(model) else math.inf
+        return not infer_shapes(model), sum(map(_missing, model.graph.all_nodes()))
 
     sizes = (_IMAGE_SIZES if image else _OTHER_SIZES) if free else (0,)
-    gaps: dict[int, float] = {}
+    gaps: dict[int, tuple[bool, int]] = {}
     for size in sizes:
-        gaps[size] = missing(size)
-        if gaps[size] == 0 and dims.passed_over < sum(gap == 0 for gap in gaps.values()):
+        gaps[size] = gap(size)
+        if dims.passed_over < sum(found == (False, 0) for found in gaps.values()):
             break
     fitting = sorted(gaps, key=lambda size: gaps[size])
     best = fitting[min(dims.passed_over, len(fitting) - 1)]
     if best != size:
-        missing(best)
+        gap(best)
     return tuple(assumed + [f"{k} = {best}" for k in free])
 
 
-def _unknown_shapes(model: ir.Model) -> int:
-    return sum(o.shape is None or not o.shape.is_static() for n in model.graph.all_nodes() for o in n.outputs)
+def _missing(node: ir.Node) -> int:
+    """Outputs of unknown shape, and those that hold nothing though no input is empty: of a window that doesn't fit."""
+    unknown = sum(o.shape is None or not o.shape.is_static() for o in node.outputs)
+    full = all(v is None or not is_float(v) or 0 not in (dims(v) or ()) for v in node.inputs)
+    return unknown + (full and any(is_float(o) and 0 in (dims(o) or ()) for o in node.outputs))
 
 
 def dim_key_of(value: ir.Value, shape: ir.Shape, axis: int) -> str:

@@ -163,6 +163,15 @@ def test_a_folding_bomb_is_left_alone() -> None:
     assert "Expand" in [n.op_type for n in canonical(model).graph]
 
 
+def test_sizes_are_found_that_hold_a_window() -> None:
+    """A window longer than what it slides over gives nothing, and no error."""
+    model = text(
+        f"""{HEADER} net (float[N, 1, L] x) => (float[N, 1, M] y) {{
+            a = AveragePool<kernel_shape = [400]>(x)  y = Relu(a) }}"""
+    )
+    assert dims(canonical(model, Dims(batch=2)).graph.outputs[0]) == (2, 1, 113)
+
+
 def test_sizes_are_found_that_the_graph_accepts() -> None:
     model = text(
         f"""{HEADER} net (float[N, 3, H, W] x) => (float[N, 6] y) <int64[2] s = {{0, 6}}> {{

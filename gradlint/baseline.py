@@ -74,7 +74,12 @@ def hide_known(report: Report, baseline: Baseline, rules: Collection[str]) -> tu
     known = {entry.fingerprint: entry for entry in baseline.models.get(_key(report, baseline.folder), ())}
     kept = tuple(finding for finding in report.findings if not _covers(known.get(finding.fingerprint), finding))
     counts: dict[str, int] = {level: sum(finding.level == level for finding in kept) for level in LEVELS}
-    summary = replace(report.summary, counts=counts, verdict=verdict(kept, report.summary.risk))
+    summary = replace(
+        report.summary,
+        counts=counts,
+        verdict=verdict(kept, report.summary.risk),
+        baselined=len(report.findings) - len(kept),
+    )
     occurring = {finding.fingerprint for finding in report.findings}
     stale = tuple(e for e in known.values() if e.rule in rules and e.fingerprint not in occurring)
     return replace(report, findings=kept, summary=summary), stale

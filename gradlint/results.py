@@ -128,13 +128,18 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """`risk` in [0, 1]: a score that the network won't train as it stands; None where it can't be judged."""
+    """`risk` in [0, 1]: a score that the network won't train as it stands; None where it can't be judged.
+
+    baselined: findings left out because the baseline knows them (None: there is no baseline); counts and verdict are
+    without them.
+    """
 
     verdict: Verdict
     risk: float | None
     stage: Literal["init", "trained"]
     counts: Mapping[str, int]
     worst_layer: str | None = None
+    baselined: int | None = None
 
 
 @dataclass(frozen=True)

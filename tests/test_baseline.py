@@ -15,6 +15,7 @@ from report_fixtures import healthy_resnet, sigmoid_chain
 from gradlint.baseline import hide_known, read_baseline, to_baseline
 from gradlint.compare import compare, compare_all
 from gradlint.exceptions import UsageError
+from gradlint.report import render
 
 RULES = {"vanishing-gradient", "sigmoid-chain", "init-scale-mismatch"}
 
@@ -30,6 +31,38 @@ def test_a_baseline_hides_exactly_its_findings(tmp_path: Path) -> None:
     fewer = replace(report, findings=report.findings[1:])
     assert [entry.rule for entry in hide_known(fewer, read_baseline(known), RULES)[1]] == ["vanishing-gradient"]
     assert hide_known(fewer, read_baseline(known), {"sigmoid-chain"})[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("format", "says"),
+    [
+        ("full", "Nothing new: 14 findings are in the baseline.\n"),
+        ("full", "\nno findings (14 in the baseline)\n"),
+        ("concise", ": warn, risk 0.98, no findings (14 in the baseline)\n"),
+        ("html", "<p>No findings (14 in the baseline).</p>"),
+        ("markdown", "Nothing new: 14 findings are in the baseline."),
+        ("github", "warn, risk 0.98, no findings (14 in the baseline)\n"),
+        ("junit", "<system-out>Nothing new: 14 findings are in the baseline.</system-out>"),
+        ("sarif", '"baselined": 14'),
+        ("json", '"baselined": 14'),
+    ],
+)
+def test_every_report_says_how_many_are_in_the_baseline(format: str, says: str, tmp_path: Path) -> None:
+    known = tmp_path / "known.json"
+    known.write_text(to_baseline([sigmoid_chain()], Path()))
+    hidden, _ = hide_known(sigmoid_chain(), replace(read_baseline(known), folder=Path()), RULES)
+    assert says in render([hidden], format)
+
+
+def test_what_is_new_stands_beside_the_number_of_what_is_known(tmp_path: Path) -> None:
+    report = sigmoid_chain()
+    known = tmp_path / "known.json"
+    known.write_text(to_baseline([replace(report, findings=report.findings[1:])], Path()))
+    hidden, _ = hide_known(report, replace(read_baseline(known), folder=Path()), RULES)
+    assert len(hidden.findings) == 1
+    assert "\n1 error (13 in the baseline)\n" in render([hidden], "full")
+    assert "13 findings in the baseline</sub>" in render([hidden], "markdown")
+    assert "in the baseline" not in render([report], "full")
 
 
 def test_a_finding_that_got_worse_is_not_hidden(tmp_path: Path) -> None:
@@ -54,9 +87,11 @@ def test_the_command_writes_it_hides_by_it_and_is_strict_about_it(tmp_path: Path
     model.write_bytes(Path(SIGMOID).read_bytes())
     run = gradlint("baseline", model, "--no-probe", "-o", known)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    entries = len(json.loads(known.read_text())["models"]["net.onnx"])
     quiet = gradlint(model, "--no-probe", "--baseline", known, "--format", "json")
     assert (quiet.returncode, quiet.stderr) == (0, "")
-    assert json.loads(quiet.stdout)["findings"] == []
+    report = json.loads(quiet.stdout)
+    assert (report["findings"], report["summary"]["baselined"]) == ([], entries)
     model.write_bytes(Path(RELU).read_bytes())
     told = gradlint(model, "--no-probe", "--baseline", known)
     assert told.returncode == 0

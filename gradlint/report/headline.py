@@ -74,6 +74,8 @@ def headline(report: Report) -> str:
     if not any(rung.row.weights for rung in ladder):
         return "There is nothing to train here: no layer has weights."
     serious = [finding for finding in ranked(report.findings) if finding.level != "note"]
+    if not serious and (known := report.summary.baselined):
+        return f"Nothing new: {count(known, 'finding')} {'is' if known == 1 else 'are'} in the baseline."
     if not serious:
         return _calm(report, ladder)
     top = [finding for finding in serious if finding.level == serious[0].level]
@@ -213,9 +215,10 @@ def coverage_gaps(report: Report) -> list[str]:
 
 
 def counts_phrase(report: Report) -> str:
-    """`1 error, 2 warnings, no notes` without the levels that have none."""
+    """`1 error, 2 warnings` without the levels that have none, and `(3 in the baseline)`."""
     named = [count(n, level) for level in LEVELS if (n := report.summary.counts.get(level, 0))]
-    return ", ".join(named) or "no findings"
+    known = report.summary.baselined
+    return (", ".join(named) or "no findings") + (f" ({known} in the baseline)" if known else "")
 
 
 def risk_phrase(report: Report) -> str:

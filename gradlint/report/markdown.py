@@ -90,6 +90,8 @@ def _section(report: Report) -> list[str]:
             "",
         ]
     facts = [*verdict_facts(report), *(prose(text) for text in report.settings.assumptions), *coverage_gaps(report)]
+    if known := report.summary.baselined:
+        facts.append(f"{count(known, 'finding')} in the baseline")
     return [*lines, f"<sub>{inert('; '.join(facts))}</sub>", ""]
 
 

@@ -37,7 +37,7 @@ def render(reports: Sequence[Report], faults: Sequence[Fault] = ()) -> str:
         },
         "columnKind": "utf16CodeUnits",
         "invocations": [_invocation(faults)],
-        "artifacts": [{"location": {"uri": _uri(report.model.path)}} for report in reports],
+        "artifacts": [_artifact(report) for report in reports],
         "results": [_result(place, codes.index(place.finding.code)) for place in places],
     }
     log = {"$schema": SCHEMA_URI, "version": "2.1.0", "runs": [run]}
@@ -54,6 +54,13 @@ def _invocation(faults: Sequence[Fault]) -> dict[str, Any]:
         for fault in faults
     ]
     return {"executionSuccessful": not faults} | ({"toolExecutionNotifications": told} if told else {})
+
+
+def _artifact(report: Report) -> dict[str, Any]:
+    """Findings in the baseline are a number here: code scanning opens alerts for suppressed results too."""
+    known = report.summary.baselined
+    own = {} if known is None else {"properties": {"baselined": known}}
+    return {"location": {"uri": _uri(report.model.path)}} | own
 
 
 def _rule(place: Located) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _report(page: _Page, report: Report) -> None:
         page.field("missed", gap)
     _findings(page, report)
     _ladder(page, report)
-    if report.findings:
+    if report.findings or report.summary.baselined:
         page.lines.append("")
         page.add((counts_phrase(report), "bold"))
     page.lines.append("")

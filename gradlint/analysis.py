@@ -34,7 +34,7 @@ from gradlint.pictures import pictured
 from gradlint.probe import Probe, Skipped, probe
 from gradlint.reach import disconnected_subjects, draw_zero_heads
 from gradlint.recurrent_facts import unknown_lengths
-from gradlint.results import LEVELS, Coverage, LayerRow, ModelInfo, Report, Settings, Summary
+from gradlint.results import LEVELS, Blame, Coverage, LayerRow, ModelInfo, Report, Settings, Summary
 from gradlint.risk import risk
 from gradlint.rulebook import Rulebook, configured_rules
 from gradlint.source_tree import locate_sources
@@ -93,7 +93,7 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
             options.mode, options.loss, options.seed, _examples(probed, guess), seen.origin, seen.assumed
         ),
         coverage=_coverage(graph, guess, probed),
-        layers=_blamed(layers, {worst, *(finding.layer for finding in found)}),
+        layers=_blamed(layers, facts.blames, {worst, *(finding.layer for finding in found)}),
         weights=facts.weights,
         findings=found,
         timing={k: round(v, 6) for k, v in timing.items()},
@@ -103,11 +103,12 @@ def analyse(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, b
 _PARTS = 20_000  # of blame that a report holds for layers nobody speaks of
 
 
-def _blamed(layers: tuple[LayerRow, ...], told: Set[str | None]) -> tuple[LayerRow, ...]:
-    """Blame grows with the square of the depth: past `_PARTS` of it, layers in `told` alone keep theirs."""
-    if sum(len(row.blame or ()) for row in layers) <= _PARTS:
-        return layers
-    return tuple(row if row.name in told else replace(row, blame=None) for row in layers)
+def _blamed(
+    layers: tuple[LayerRow, ...], blames: Mapping[str, Sequence[Blame]], told: Set[str | None]
+) -> tuple[LayerRow, ...]:
+    """Blame grows with the square of the depth: past `_PARTS` of it, layers in `told` alone get theirs."""
+    few = sum(map(len, blames.values())) <= _PARTS
+    return tuple(replace(row, blame=tuple(blames[row.name]) if few or row.name in told else None) for row in layers)
 
 
 _ATTEMPTS = 9  # sizes tried for dimensions nobody gave, when the model rejects one as it runs

@@ -28,10 +28,10 @@ _POLE_EVIDENCE: dict[str, Evidence] = {
 _POLES = ("Log", "Sqrt", "Div", "Reciprocal", "Pow")
 
 
-def on_trunk(parts: Anatomy, norms: Mapping[ir.Value, float]) -> frozenset[ir.Node]:
+def on_trunk(parts: Anatomy, level: Mapping[ir.Node, int], norms: Mapping[ir.Value, float]) -> frozenset[ir.Node]:
     """Layers whose output carries the largest gradient across its cut of the graph, within a decade (all of them where
     it is zero)."""
-    curve = crossing(parts.graph, norms)
+    curve = crossing(level, norms)
     return frozenset(n for n in parts.layers if n in curve and norms.get(main_output(n), 0.0) >= 0.1 * curve[n])
 
 

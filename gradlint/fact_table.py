@@ -9,7 +9,7 @@ A rule of scope `layer`, say, sees the subjects of scope `layer` only. Facts of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -56,7 +56,7 @@ class Subject:
     order: int = 0
     facts: Mapping[str, Fact] = field(default_factory=dict)
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
-    blame: tuple[Blame, ...] = ()
+    blame: Sequence[Blame] = ()
     source: Source | None = None
 
 

@@ -45,8 +45,8 @@ from gradlint.ops.activation import LOST, active_share, lost_share, saturated_sh
 from gradlint.options import Options
 from gradlint.probe import Probe, Request, Skipped, activation_figures
 from gradlint.recurrent_facts import Profiles
-from gradlint.results import Evidence, LayerRow, WeightRow
-from gradlint.sharpness import estimated_sharpness, last_part, measured_sharpness, shares
+from gradlint.results import Blame, Evidence, LayerRow, WeightRow
+from gradlint.sharpness import counted, estimated_sharpness, last_part, measured_sharpness, shares
 from gradlint.static_facts import StaticFacts, static_facts
 from gradlint.structure import unit_axis
 from gradlint.transfer import ELEMENTWISE, spectrum, steepest
@@ -92,12 +92,14 @@ def _alone(value: ir.Value) -> bool:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything the judge and the report need. profiles: |dL/dh_t| per step of recurrent operators, by name."""
+    """Everything the judge and the report need. blames: by layer; profiles: |dL/dh_t| per step of recurrent
+    operators, by name."""
 
     layers: tuple[LayerRow, ...]
     weights: tuple[WeightRow, ...]
     subjects: tuple[Subject, ...]
     model: Mapping[str, Fact]
+    blames: Mapping[str, Sequence[Blame]]
     profiles: Profiles = field(default_factory=dict)
 
 
@@ -166,8 +168,9 @@ def gather(
             )
         )
     _add_ratios(subjects)
+    steep = counted(parts)
     weights, weight_subjects = _weights(parts, estimate, measured, options, order, static, flow.trunk)
-    for k, share in enumerate(shares(weight_subjects, parts)):
+    for k, share in enumerate(shares(weight_subjects, steep)):
         if share is not None:
             weight_subjects[k] = replace(s := weight_subjects[k], facts={**s.facts, "sharpness_share": share})
     flow_facts = flow.model_facts()
@@ -178,9 +181,9 @@ def gather(
     for kind in _KINDS:
         known.add(kind, {**flow_facts[kind], "learning_spread": learning_spread(weight_subjects, trunk, kind)})
     at_outputs, floor = flow.output_gradient, last_part(weight_subjects)
-    known.add("estimated", {"sharpness": estimated_sharpness(parts, estimate, at_outputs["estimated"], floor)})
+    known.add("estimated", {"sharpness": estimated_sharpness(steep, estimate, at_outputs["estimated"], floor)})
     if measured is not None:
-        known.add("measured", {"sharpness": measured_sharpness(parts, measured, at_outputs["measured"], floor)})
+        known.add("measured", {"sharpness": measured_sharpness(steep, measured, at_outputs["measured"], floor)})
     if lost:
         known.add("measured", {"trunk_max_decades": math.inf})  # the loss is not finite, nor is any step
     probed_values = probed.values if isinstance(probed, Probe) else {}
@@ -189,7 +192,8 @@ def gather(
     subjects = sorted([*subjects, *extra], key=lambda s: s.order)
     subjects.insert(0, Subject("model", None, None, 0, known.facts, known.evidence))
     every = (*subjects, *weight_subjects, *disconnected)
-    return Facts(tuple(rows), tuple(weights), every, known.facts, static.profiles)
+    blames = {str(n.name): flow.blame_of(n) for n in parts.layers}
+    return Facts(tuple(rows), tuple(weights), every, known.facts, blames, static.profiles)
 
 
 def _overflown(parts: Anatomy, measured: Probe | None) -> frozenset[str]:
@@ -349,7 +353,6 @@ def _layer_row(
         proved=kept["proved"],
         estimated=kept["estimated"],
         measured=kept["measured"],
-        blame=flow.blame_of(node),
     )
 
 

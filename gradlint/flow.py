@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ class Flow:
     nonlinearity: Mapping[Evidence, _Curve]
     head_growth: Mapping[Evidence, float]
     output_gradient: Mapping[Evidence, float]
-    blames: Mapping[ir.Value, tuple[Blame, ...]]
+    blames: Mapping[ir.Value, Sequence[Blame]]
     layers: tuple[ir.Node, ...]
     trunk: frozenset[ir.Node]
 
@@ -73,18 +73,19 @@ class Flow:
         growth: dict[Evidence, _Curve] = {}
         head_growth: dict[Evidence, float] = {}
         output_gradient: dict[Evidence, float] = {}
-        stem = _before_head(parts)
+        level = levels(graph)
+        stem = _before_head(parts, level)
         cotangents: dict[Evidence, float] = {"estimated": cotangent_norm(graph, estimate)}
         if measured is not None:
             cotangents["measured"] = measured.cotangent
         for kind, figures in norms.items():
-            curve = crossing(graph, figures)
+            curve = crossing(level, figures)
             shown = {n: curve[n] for n in stem if n in curve}
             last = next((g for g in shown.values() if g), 0.0)
             output_gradient[kind] = last
             last = max(last, cotangents[kind])
             growth[kind] = {n: decades(g, last) for n, g in shown.items()}
-            head = decades(_last_features(shown, levels(graph)), last)
+            head = decades(_last_features(shown, level), last)
             head_growth[kind] = head if 0 < head < math.inf else 0.0
             falls[kind] = {}
             top = 0.0
@@ -94,13 +95,13 @@ class Flow:
         best: Evidence = "measured" if norms.get("measured") else "estimated"
         targets = [main_output(n) for n in parts.layers]
         blames = blame(graph, norms[best], estimate.edges, cotangents[best], targets)
-        signal = {kind: crossing(graph, figures) for kind, figures in signals.items()}
-        bent = {kind: nonlinearity(graph, stem, norms[kind], spreads[kind]) for kind in norms}
-        std = {kind: crossing(graph, figures) for kind, figures in stds.items()}
-        trunk = on_trunk(parts, norms[best])
+        signal = {kind: crossing(level, figures) for kind, figures in signals.items()}
+        bent = {kind: nonlinearity(level, stem, norms[kind], spreads[kind]) for kind in norms}
+        std = {kind: crossing(level, figures) for kind, figures in stds.items()}
+        trunk = on_trunk(parts, level, norms[best])
         return Flow(falls, growth, signal, std, bent, head_growth, output_gradient, blames, parts.layers, trunk)
 
-    def blame_of(self, node: ir.Node) -> tuple[Blame, ...]:
+    def blame_of(self, node: ir.Node) -> Sequence[Blame]:
         return self.blames.get(main_output(node), ())
 
     def at(self, node: ir.Node, kind: Evidence) -> dict[str, float]:
@@ -125,7 +126,10 @@ class Flow:
 
 
 def nonlinearity(
-    graph: ir.Graph, stem: list[ir.Node], norms: Mapping[ir.Value, float], spreads: Mapping[ir.Value, float]
+    level: Mapping[ir.Node, int],
+    stem: list[ir.Node],
+    norms: Mapping[ir.Value, float],
+    spreads: Mapping[ir.Value, float],
 ) -> dict[ir.Node, float]:
     """Decades of the nonlinearity coefficient from each layer to the last one of `stem` (its first).
 
@@ -135,17 +139,16 @@ def nonlinearity(
     and spread over examples, here against there. The largest product of the values across a cut stands for the cut.
     """
     products = {v: norms[v] * spreads[v] for v in norms if v in spreads}
-    curve = crossing(graph, {v: p for v, p in products.items() if math.isfinite(p)})
+    curve = crossing(level, {v: p for v, p in products.items() if math.isfinite(p)})
     last = next((curve[n] for n in stem if n in curve), 0.0)
     return {n: decades(curve[n], last) for n in stem if curve.get(n, 0.0) > 0 and last > 0}
 
 
-def _before_head(parts: Anatomy) -> list[ir.Node]:
+def _before_head(parts: Anatomy, level: Mapping[ir.Node, int]) -> list[ir.Node]:
     """The layers up to the deepest one with weights, deepest first: a head's Softmax is no matter of the trunk.
 
     Layers at the same depth count alike, whatever their order in the file.
     """
-    level = levels(parts.graph)
     end = max((level[n] for n in parts.layers if n in parts.weighted), default=-1)
     return sorted((n for n in parts.layers if level[n] <= end), key=lambda n: -level[n])
 

@@ -64,7 +64,12 @@ def p_value(ordered: Array, cdf: Cdf) -> float:
     reach = weight * max(float(np.max(rank[1:] - at)), float(np.max(at - rank[:-1])))
     if reach < 0.2:
         return 1.0
-    total = sum((-1) ** (k - 1) * math.exp(-2 * (k * reach) ** 2) for k in range(1, 101))
+    total = 0.0
+    for k in range(1, 101):
+        term = math.exp(-2 * (k * reach) ** 2)
+        if term == 0:
+            break
+        total += term if k % 2 else -term
     return min(1.0, max(0.0, 2 * total))
 
 

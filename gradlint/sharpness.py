@@ -16,7 +16,7 @@ import onnx_ir as ir
 from gradlint.anatomy import Anatomy
 from gradlint.estimate import Estimate
 from gradlint.fact_table import Subject
-from gradlint.graph import dims
+from gradlint.graph import WeightUse, dims
 from gradlint.patterns import normalisations
 from gradlint.probe import Probe
 
@@ -38,18 +38,26 @@ def unnormalised(graph: ir.Graph) -> frozenset[ir.Node]:
     return frozenset(found)
 
 
+def counted(parts: Anatomy) -> tuple[WeightUse, ...]:
+    """Uses of weights without a normalisation behind."""
+    bare = unnormalised(parts.graph)
+    return tuple(use for use in parts.uses if use.layer in bare)
+
+
 def estimated_sharpness(
-    parts: Anatomy, estimate: Estimate, output_gradient: float, floor: float | None
+    uses: Sequence[WeightUse], estimate: Estimate, output_gradient: float, floor: float | None
 ) -> float | None:
     """`trace` of the estimated gradients, those of independent targets; not below `floor`, the last layer's part."""
-    found = trace((_square(v, estimate.grad_rms(v)) for v in _counted(parts)), output_gradient)
+    found = trace((_square(v, estimate.grad_rms(v)) for v in _weights(uses)), output_gradient)
     return _at_least(found, floor)
 
 
-def measured_sharpness(parts: Anatomy, measured: Probe, output_gradient: float, floor: float | None) -> float | None:
+def measured_sharpness(
+    uses: Sequence[WeightUse], measured: Probe, output_gradient: float, floor: float | None
+) -> float | None:
     """`trace` of the measured gradients; not below `floor`, the last layer's part."""
     rows = measured.weights
-    squares = (_square(v, rows.get(str(v.name), {}).get("grad_rms")) for v in _counted(parts))
+    squares = (_square(v, rows.get(str(v.name), {}).get("grad_rms")) for v in _weights(uses))
     return _at_least(trace(squares, output_gradient, measured.coherence), floor)
 
 
@@ -85,9 +93,9 @@ def _at_least(found: float | None, floor: float | None) -> float | None:
     return max((x for x in (found, floor) if x is not None), default=None)
 
 
-def shares(weights: Sequence[Subject], parts: Anatomy) -> list[float | None]:
+def shares(weights: Sequence[Subject], uses: Sequence[WeightUse]) -> list[float | None]:
     """Squared norm of each counted weight's gradient / the largest of them, by the best evidence; None for others."""
-    layers = {str(n.name) for n in unnormalised(parts.graph)}
+    layers = {str(use.layer.name) for use in uses}
     squares = [
         float(s.facts["elements"] or 0) * rms**2
         if s.layer in layers and isinstance(rms := s.facts.get("grad_rms"), float)
@@ -98,10 +106,9 @@ def shares(weights: Sequence[Subject], parts: Anatomy) -> list[float | None]:
     return [x / most if x is not None and 0 < most < math.inf else None for x in squares]
 
 
-def _counted(parts: Anatomy) -> list[ir.Value]:
-    """Weights without a normalisation behind; those that several layers share once."""
-    bare = unnormalised(parts.graph)
-    return list(dict.fromkeys(u.value for u in parts.uses if u.layer in bare))
+def _weights(uses: Sequence[WeightUse]) -> list[ir.Value]:
+    """Those that several layers share once."""
+    return list(dict.fromkeys(use.value for use in uses))
 
 
 def _square(value: ir.Value, rms: float | None) -> float:

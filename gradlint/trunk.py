@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import overload
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +20,27 @@ TINY = 1e-300
 SLACK = 5e-4
 
 
+class Parts(Sequence[Blame]):
+    """The blame of one value, made as it is read: of the millions of parts that a deep network has, few are told."""
+
+    def __init__(self, names: Sequence[tuple[str, str]], at: np.ndarray, decades: np.ndarray) -> None:
+        """names: name and operator of every node; at: indices of those that have a part; decades: the parts."""
+        self._names, self._at, self._decades = names, at, decades
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    @overload
+    def __getitem__(self, key: int) -> Blame: ...
+    @overload
+    def __getitem__(self, key: slice) -> Parts: ...
+    def __getitem__(self, key: int | slice) -> Blame | Parts:
+        if isinstance(key, slice):
+            return Parts(self._names, self._at[key], self._decades[key])
+        node, op_type = self._names[self._at[key]]
+        return Blame(node, op_type, float(self._decades[key]))
+
+
 def levels(graph: ir.Graph) -> dict[ir.Node, int]:
     """How deep each node lies: nodes on the longest path to it (their order in the file has no part in it)."""
     found: dict[ir.Node, int] = {}
@@ -27,13 +49,12 @@ def levels(graph: ir.Graph) -> dict[ir.Node, int]:
     return found
 
 
-def crossing(graph: ir.Graph, figures: Figures) -> dict[ir.Node, float]:
-    """For the cut behind each node's level: the largest figure of the values that cross it.
+def crossing(level: Mapping[ir.Node, int], figures: Figures) -> dict[ir.Node, float]:
+    """For the cut behind each node's level (of `levels`): the largest figure of the values that cross it.
 
     A value crosses every cut from its producer's level up to the one before its deepest consumer. Values without a
     figure don't count; a cut that none crosses takes the figure of the cut before.
     """
-    level = levels(graph)
     starts: dict[int, list[tuple[int, float]]] = {}
     for node, k in level.items():
         for output in node.outputs:
@@ -57,7 +78,7 @@ def blame(
     edges: Mapping[tuple[ir.Node, int], float],
     cotangent: float,
     targets: Sequence[ir.Value],
-) -> dict[ir.Value, tuple[Blame, ...]]:
+) -> dict[ir.Value, Parts]:
     """Split log10(norm(v) / cotangent) of each target over the nodes between it and the outputs.
 
     With w_e the share of consumer e in the second moment of a value's gradient:
@@ -66,11 +87,12 @@ def blame(
     squared norm sent back per (node, input).
     """
     order = [n for n in graph if any(o in norms for o in n.outputs) or n.outputs]
+    names = [(str(n.name), n.op_type) for n in order]
     index = {node: k for k, node in enumerate(order)}
     wanted = set(targets)
     log = _filled(order, norms, edges)
     parts: dict[ir.Value, np.ndarray] = {}
-    found: dict[ir.Value, tuple[Blame, ...]] = {}
+    found: dict[ir.Value, Parts] = {}
     base = math.log10(max(cotangent, TINY))
     for node in reversed(order):
         for value in node.outputs:
@@ -79,7 +101,7 @@ def blame(
             vector = _parts(value, log, edges, parts, index, base)
             parts[value] = vector
             if value in wanted:
-                found[value] = _essential(vector, order)
+                found[value] = _essential(vector, names)
         for value in node.outputs:  # what lies behind is no longer needed by anyone before
             for use in value.uses():
                 for output in use.node.outputs:
@@ -143,11 +165,11 @@ def _parts(
     return vector
 
 
-def _essential(vector: np.ndarray, order: Sequence[ir.Node]) -> tuple[Blame, ...]:
+def _essential(vector: np.ndarray, names: Sequence[tuple[str, str]]) -> Parts:
     sizes = np.where(np.isnan(vector), 0.0, np.abs(vector))
     smallest_first = np.argsort(sizes, kind="stable")
-    kept = smallest_first[np.cumsum(sizes[smallest_first]) > SLACK]
-    return tuple(Blame(str(order[k].name), order[k].op_type, round(float(vector[k]), 6)) for k in sorted(kept.tolist()))
+    kept = np.sort(smallest_first[np.cumsum(sizes[smallest_first]) > SLACK])
+    return Parts(names, kept, np.round(vector[kept], 6))
 
 
 def depths(graph: ir.Graph) -> Callable[[ir.Node], float]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradlint import check
-from gradlint.trunk import blame, crossing, depths
+from gradlint.trunk import blame, crossing, depths, levels
 
 
 def network(edges: list[tuple[int, ...]]) -> tuple[ir.Graph, list[ir.Value]]:
@@ -28,13 +28,13 @@ def network(edges: list[tuple[int, ...]]) -> tuple[ir.Graph, list[ir.Value]]:
 def test_a_skip_carries_the_trunk() -> None:
     graph, values = network([(0,), (1,), (2,), (1, 3)])
     figures = {values[1]: 1.0, values[2]: 1e-6, values[3]: 1e-3, values[4]: 1.0}
-    assert list(crossing(graph, figures).values()) == [1.0, 1.0, 1.0, 1.0]
+    assert list(crossing(levels(graph), figures).values()) == [1.0, 1.0, 1.0, 1.0]
 
 
 def test_a_chain_has_no_bypass() -> None:
     graph, values = network([(0,), (1,), (2,)])
     figures = {values[1]: 1e-6, values[2]: 1e-3, values[3]: 1.0}
-    assert list(crossing(graph, figures).values()) == [1e-6, 1e-3, 1.0]
+    assert list(crossing(levels(graph), figures).values()) == [1e-6, 1e-3, 1.0]
 
 
 def test_depth_runs_from_input_to_output() -> None:

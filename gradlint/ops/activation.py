@@ -353,20 +353,24 @@ def saturated_share(op: str, node: ir.Node, z: Moments) -> Array:
     top = derivative(op, node)[2]
     if top is None:
         return np.zeros(np.broadcast(z.mean, z.var).shape)
-    return _share(op, node, z, lambda slope: np.abs(slope) < FLAT * top)
+    return _share(op, node, z, "saturated", lambda slope: np.abs(slope) < FLAT * top)
 
 
 def lost_share(op: str, node: ir.Node, z: Moments) -> Array:
     """P(|f'(z)| < 1e-7) per unit, z ~ N(mean, var) the input's moments: in float32 the slope is gone."""
-    return _share(op, node, z, lambda slope: np.abs(slope) < LOST)
+    return _share(op, node, z, "lost", lambda slope: np.abs(slope) < LOST)
 
 
 def active_share(op: str, node: ir.Node, z: Moments) -> Array:
     """P(f'(z) != 0) per unit, z ~ N(mean, var) the input's moments."""
-    return _share(op, node, z, lambda slope: slope != 0)
+    return _share(op, node, z, "active", lambda slope: slope != 0)
 
 
-def _share(op: str, node: ir.Node, z: Moments, chosen: Callable[[Array], Any]) -> Array:
+_ZONES: dict[tuple[str, ...], Piecewise] = {}  # found once for all nodes of the same function
+
+
+def _share(op: str, node: ir.Node, z: Moments, kind: str, chosen: Callable[[Array], Any]) -> Array:
+    """P(chosen(f'(z))) per unit; `kind` names `chosen`, which is the same for all nodes of one function."""
     rule = ELEMENTWISE[op]
     df = rule.functions(node)[1]
     if rule.positive:
@@ -374,6 +378,9 @@ def _share(op: str, node: ir.Node, z: Moments, chosen: Callable[[Array], Any]) -
     if isinstance(df, Piecewise):
         flags = Piecewise(df.breaks, df.slopes, tuple(np.asarray(chosen(np.asarray(v)), float) for v in df.offsets))
     else:
-        flags = indicator(lambda u: chosen(df(np.exp(u) if rule.positive else u)))
+        key = (op, kind, *(f"{name}={a.value}" for name, a in sorted(node.attributes.items())))
+        if key not in _ZONES or len(node.inputs) > 1:
+            _ZONES[key] = indicator(lambda u: chosen(df(np.exp(u) if rule.positive else u)))
+        flags = _ZONES[key]
     with np.errstate(all="ignore"):  # far out slopes overflow
         return spectrum(flags, z.mean, z.var, kinked=True).mean

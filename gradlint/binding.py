@@ -77,7 +77,11 @@ def open_dimensions(graph: ir.Graph) -> list[str]:
 
 
 def bind(model: ir.Model, dims: Dims, where: str) -> tuple[str, ...]:
-    inputs = [v for v in model.graph.inputs if v.shape is not None]
+    inputs = list(model.graph.inputs)
+    for value in inputs:
+        if value.shape is None and isinstance(value.type, ir.TensorType | None) and value.uses():
+            value.shape = _whole(value, dims.shapes.get(str(value.name)), where)
+    inputs = [v for v in inputs if v.shape is not None]
     known: dict[str, int] = dict(dims.names)
     for value in inputs:
         _check_given(value, dims.shapes.get(str(value.name)), known, where)
@@ -118,6 +122,15 @@ def _missing(node: ir.Node) -> int:
     unknown = sum(o.shape is None or not o.shape.is_static() for o in node.outputs)
     full = all(v is None or not is_float(v) or 0 not in (dims(v) or ()) for v in node.inputs)
     return unknown + (full and any(is_float(o) and 0 in (dims(o) or ()) for o in node.outputs))
+
+
+def _whole(value: ir.Value, given: tuple[int, ...] | None, where: str) -> ir.Shape:
+    """The shape given for an input of unknown rank: nothing can be said of the layers without one."""
+    if given is None:
+        raise DataError(
+            f"{where}: input {value.name!r} has no shape in the file: give one with --input-shape {value.name}:N,N,..."
+        )
+    return ir.Shape(given)
 
 
 def dim_key_of(value: ir.Value, shape: ir.Shape, axis: int) -> str:

@@ -24,6 +24,7 @@ from gradlint.graph import FLOATS, constant_array, dims, op
 
 Arrays = dict[str, np.ndarray]
 _CLIP = 6.0  # standard deviations: the declared range of synthetic floats
+_MOST = 1 << 30  # elements of an input that are made up
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def synthetic(graph: ir.Graph, seed: int, given: Mapping[str, np.ndarray]) -> Ar
 
     Floats: standard normal clipped to 6 (images: 1/f-correlated, since white noise averages out in a deep CNN);
     integers that index a table: uniform over its rows; masks: ones; states and caches: zeros; lengths: the longest.
-    Raises DataError for an input whose size is not known.
+    Raises DataError for an input whose size is not known, or beyond measure.
     """
     arrays: Arrays = {}
     for k, value in enumerate(graph.inputs):
@@ -165,8 +166,10 @@ def synthetic(graph: ir.Graph, seed: int, given: Mapping[str, np.ndarray]) -> Ar
         shape = dims(value)
         if shape is None or value.dtype is None:
             raise DataError(f"input {name!r} has no known size or type: give --input-shape {name}:... or --data")
+        if math.prod(shape) > _MOST:
+            raise DataError(f"input {name!r} of shape {shape} is too large to be made up")
         rng = np.random.default_rng([seed, k])
-        arrays[name] = _draw(value, name, shape, rng)
+        arrays[name] = np.asarray(_draw(value, name, shape, rng))  # numpy gives a number for shape ()
     return arrays
 
 

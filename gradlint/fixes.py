@@ -74,6 +74,10 @@ def _applies(name: str, subject: Subject) -> bool:
         return facts.get("follows_norm") is not True and facts.get("before_norm") is not True
     if name == "skip-connections":
         return facts.get("has_skip") is not True
+    if name == "log-softmax":
+        return facts.get("op_type") not in ("Sqrt", "Div", "Reciprocal", "Pow")
+    if name == "standard-operators":  # those of ONNX itself are it already
+        return any(":" in str(facts.get(named, "")) for named in ("unmodelled_ops", "cut_ops"))
     if name == "repair-weights":
         return facts.get("non_finite") != 0
     if name == "residual-scale":

@@ -117,18 +117,20 @@ _ANALYSIS = (
     _option("--data", metavar="FILE", help="Examples for the probe: .npz, .npy, a folder of .npy or of .pb."),
     _option("--input", multiple=True, metavar="NAME=VALUE", help="Fill an input with a number.",
             callback=_pairs("=", "NAME=NUMBER", _number)),
-    _option("--loss", type=Word(get_args(Loss)), default="linear", show_default=True),
+    _option("--loss", type=Word(get_args(Loss)), default="linear", show_default=True,
+            help="linear needs no targets; the others take them from the data."),
     _option("--mode", type=Word(get_args(Mode)), default="train", show_default=True,
             help="BatchNormalization as in training, or by its running statistics."),
     _option("--no-probe", is_flag=True, help="Estimate only: don't run the backward model."),
     _option("--at-init", is_flag=True, help="The weights are untrained (guessed by default)."),
     _option("--trained", is_flag=True, help="The weights are trained (guessed by default)."),
-    _option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+    _option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+            help="Of the data and targets that are drawn."),
     _option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N",
             help="Examples in a synthetic batch."),
     _option("--threads", type=click.IntRange(min=0), default=0, metavar="N",
             help="Threads of the probe (one per core; several models: 1)."),
-    _option("--dim", multiple=True, metavar="NAME=N", help="Size of a symbolic dimension.",
+    _option("--dim", multiple=True, metavar="NAME=N", help="Size of a symbolic dimension; give --dim once for each.",
             callback=_pairs("=", "NAME=SIZE, such as batch=4", _size)),
     _option("--input-shape", multiple=True, metavar="NAME:N,N,...", help="Shape of an input.",
             callback=_pairs(":", "NAME:SIZES, such as x:1,3,224,224", _shape)),
@@ -157,7 +159,7 @@ _VERDICT = (
             help="The level from which a finding makes the exit code 1."),
 )  # fmt: skip
 
-_FORMAT = _option("--format", type=Word(tuple(FORMATS)), default="full", show_default=True)
+_FORMAT = _option("--format", type=Word(tuple(FORMATS)), default="full", show_default=True, help="Form of the report.")
 
 _OUTPUT = (
     _FORMAT,

@@ -284,8 +284,9 @@ REMEDIES: dict[str, Remedy] = {
     "epsilon": Remedy(
         "other",
         "Keep the input of {layer} away from the pole",
-        "torch.log(x.clamp_min(1e-6))",
-        "ops.log(ops.maximum(x, 1e-6))",
+        "{pytorch}",
+        "{keras}",
+        values.epsilon,
     ),
     "straight-through": Remedy(
         "other",

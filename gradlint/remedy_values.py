@@ -153,6 +153,15 @@ def probe_data(subject: Subject) -> dict[str, str]:
     return {"remedy": remedy, "pytorch": pytorch, "keras": keras}
 
 
+def epsilon(subject: Subject) -> dict[str, str]:
+    """The operator on what an epsilon keeps away from its pole."""
+    name = _text(subject, "op_type", "Log")
+    form = {"Div": "x / {}", "Reciprocal": "1 / {}", "Pow": "{} ** p"}.get(name)
+    forms = (form, form) if form else (f"torch.{name.lower()}({{}})", f"ops.{name.lower()}({{}})")
+    y = "y" if name == "Div" else "x"
+    return {"pytorch": forms[0].format(f"{y}.clamp_min(1e-6)"), "keras": forms[1].format(f"ops.maximum({y}, 1e-6)")}
+
+
 def input_scale(subject: Subject) -> dict[str, str]:
     mean, std = _number(subject, "data_mean"), _number(subject, "data_std")
     return {"mean": "mean" if mean is None else f"{mean:.3g}", "std": "std" if not std else f"{std:.3g}"}

@@ -154,6 +154,14 @@ def test_shapes_that_do_not_fit(shapes: dict[str, tuple[int, ...]], said: str) -
         canonical(model, Dims(shapes=shapes))
 
 
+def test_an_input_of_unknown_rank_needs_a_shape() -> None:
+    model = text(f"{HEADER} net (float x) => (float[N, 4] y) {{ y = Relu(x) }}")
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(DataError, match=r"input 'x' has no shape in the file: give one with --input-shape x:N,N"):
+        canonical(model)
+    assert dims(canonical(model, Dims(shapes={"x": (2, 4)})).graph.outputs[0]) == (2, 4)
+
+
 def test_a_folding_bomb_is_left_alone() -> None:
     model = text(
         f"""{HEADER} bomb (float[N, 3] x) => (float[N, 3] y, float[k] z) {{

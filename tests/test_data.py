@@ -156,6 +156,18 @@ def test_synthetic_states_are_zero() -> None:
     assert not synthetic(graph, 0, {})["past_state"].any()
 
 
+def test_a_number_is_drawn_as_an_array() -> None:
+    (array,) = synthetic(graph_of("(float x) => (float y)"), 0, {}).values()
+    assert isinstance(array, np.ndarray)
+    assert array.shape == ()
+
+
+def test_sizes_beyond_measure_are_not_drawn() -> None:
+    graph = graph_of("(float[1000000000000, 3] x) => (float[1000000000000, 3] y)")
+    with pytest.raises(DataError, match=r"input 'x' of shape \(1000000000000, 3\) is too large to be made up"):
+        synthetic(graph, 0, {})
+
+
 def test_given_arrays_are_kept() -> None:
     assert not synthetic(graph_of(PLAIN), 0, {"x": np.zeros(1)})
 

@@ -426,6 +426,13 @@ def test_what_is_there_already_is_no_fix() -> None:
     assert [fix.name for fix in choose_fixes(names, Subject("layer", "a", facts=here))] == ["elu"]
 
 
+def test_what_has_no_place_here_is_no_fix() -> None:
+    assert set(chosen_fixes(("log-softmax",), op_type="Log")) == {"log-softmax"}
+    assert chosen_fixes(("log-softmax",), op_type="Sqrt") == {}
+    assert set(chosen_fixes(("standard-operators",), unmodelled_ops="my.company:Swirl (2)")) == {"standard-operators"}
+    assert chosen_fixes(("standard-operators",), unmodelled_ops="STFT (1)") == {}
+
+
 def chosen_fixes(names: tuple[str, ...], *blame: Blame, scope: Scope = "layer", **facts: Fact) -> dict[str, str]:
     return {f.name: f.text for f in choose_fixes(names, Subject(scope, "a", facts=facts, blame=blame))}
 
@@ -492,6 +499,8 @@ def test_fix_names_the_whole_span_of_a_group() -> None:
         ("gradient-clipping", {}, "Clip the gradient at norm 1.0"),
         ("relu", {"next_activation": "Sigmoid"}, "Replace the Sigmoid at `a` by ReLU"),
         ("re-export", {"export_line": "export(optimize=False)"}, "PyTorch: `export(optimize=False)`"),
+        ("epsilon", {"op_type": "Sqrt"}, "PyTorch: `torch.sqrt(x.clamp_min(1e-6))`"),
+        ("epsilon", {"op_type": "Div"}, "Keras: `x / ops.maximum(y, 1e-6)`"),
     ],
 )
 def test_fix_computes_its_numbers(name: str, facts: dict[str, Fact], text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -401,12 +401,17 @@ def is_head(node: ir.Node, layers: Iterable[ir.Node]) -> bool:
     """Is this squashing activation the model's last word: nothing with weights comes after it?"""
     if op(node) not in _SQUASHING:
         return False
-    stop, pending, seen = set(layers), [node], {node}
+    return not leads_to(node, set(layers))
+
+
+def leads_to(node: ir.Node, targets: Set[ir.Node]) -> bool:
+    """Does any way forward from the node reach one of these?"""
+    pending, seen = [node], {node}
     while pending:
         for successor in pending.pop().successors():
-            if successor in stop:
-                return False
+            if successor in targets:
+                return True
             if successor not in seen:
                 seen.add(successor)
                 pending.append(successor)
-    return True
+    return False

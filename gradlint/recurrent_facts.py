@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from gradlint.anatomy import Anatomy
 from gradlint.fact_table import Fact, Subject
-from gradlint.graph import attribute, constant_array, dims, is_float, module, op, source
+from gradlint.graph import attribute, constant_array, dims, is_float, leads_to, module, op, source
 from gradlint.ops.linear import operator_norm
 from gradlint.patterns import compositions, normalisations
 from gradlint.results import Evidence
@@ -321,22 +321,10 @@ def _series(graph: ir.Graph, nodes: list[ir.Node]) -> tuple[ir.Node, ...]:
             whole |= bit[node]
         before.update(dict.fromkeys(node.outputs, whole))
     later = {n for n, common, whole in sums if common != whole}
-    if later and any(_leads_to(n, set(nodes)) for n in later):
+    if later and any(leads_to(n, set(nodes)) for n in later):
         return ()
     chain = {d: n for n, d in reversed(depth.items())}
     return tuple(chain[d] for d in sorted(chain)) if len(chain) > 1 else ()
-
-
-def _leads_to(node: ir.Node, targets: set[ir.Node]) -> bool:
-    pending, seen = [node], {node}
-    while pending:
-        for successor in pending.pop().successors():
-            if successor in targets:
-                return True
-            if successor not in seen:
-                seen.add(successor)
-                pending.append(successor)
-    return False
 
 
 def _unrolled_facts(chain: Unrolled, parts: Anatomy, array: Array) -> dict[str, Fact]:

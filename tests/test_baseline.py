@@ -123,7 +123,6 @@ def test_of_two_folders_the_models_of_the_same_name_are_compared(tmp_path: Path)
         for name in ("a.onnx", "sub/b.onnx"):
             (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(SIGMOID if name == "a.onnx" else RELU, tmp_path / folder / name)
-    assert gradlint("diff", "old", "new", "--no-probe", cwd=tmp_path).returncode == 0
     shutil.copy(SIGMOID, tmp_path / "new" / "sub" / "b.onnx")
     worse = gradlint("diff", "old", "new", "--no-probe", "--format", "json", cwd=tmp_path)
     assert worse.returncode == 1

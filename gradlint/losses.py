@@ -25,7 +25,7 @@ def seeds_of(
     if loss == "linear":
         shapes = {str(o.name): _whole(dims(o), chunks) for o in outputs}
         for output, (name, target) in zip(outputs, linear_targets(shapes, data, seed).items(), strict=True):
-            feeds[f"gradlint.target.{name}"] = target / np.float32(math.sqrt(batch * chunks))
+            feeds[f"gradlint.target.{name}"] = np.asarray(target / np.float32(math.sqrt(batch * chunks)))
             seeds[output] = b.op("Mul", _target(graph, name, dims(output) or (), ir.DataType.FLOAT), scale)
         return seeds, feeds, []
     pairs = [

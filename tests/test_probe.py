@@ -131,6 +131,14 @@ def test_what_the_model_rejects_is_said_with_what_to_give() -> None:
     assert sized.weights[0].measured["grad_rms"] > 0
 
 
+@pytest.mark.parametrize("signature", ["(float x) => (float y)", "(float[N, 3] x) => (float y)"])
+def test_an_output_of_one_number_is_measured(signature: str) -> None:
+    text = '<ir_version: 8, opset_import: ["" : 17]> net %s { h = Tanh(x) y = ReduceMean <keepdims = 0> (h) }'
+    report = gradlint.check(onnx.parser.parse_model(text % signature))
+    assert report.findings == ()
+    assert 0 < report.layers[0].measured["grad_norm"] < 10
+
+
 def test_gradients_that_stop_are_listed_not_zero() -> None:
     """Det has no derivative here: what lies before it has no measured gradient at all."""
     graph = helper.make_graph(

@@ -14,9 +14,10 @@ from gradlint.remedies import REMEDIES, Cause
 from gradlint.remedy_values import VARIANCES, places, present_activation, weight_factor
 from gradlint.results import Blame, Fix
 
+# A Softmax inside is most often an attention's: no activation can take its place.
 _OPERATORS: Mapping[Cause, str] = {
     "activation": "Sigmoid Tanh Relu LeakyRelu PRelu Elu Selu Celu Gelu Swish Mish Softplus Softsign HardSigmoid "
-    "HardSwish ThresholdedRelu Clip Erf Exp Softmax LogSoftmax",
+    "HardSwish ThresholdedRelu Clip Erf Exp",
     "weights": "MatMul Gemm Conv ConvTranspose Einsum",
     "time": "RNN LSTM GRU Scan Loop",
     "norm": "BatchNormalization LayerNormalization InstanceNormalization GroupNormalization RMSNormalization "

@@ -442,6 +442,15 @@ def test_no_activation_is_replaced_where_there_is_none() -> None:
     assert set(chosen_fixes(("relu", "selu"))) == {"relu", "selu"}
 
 
+def test_a_softmax_of_an_attention_is_not_replaced() -> None:
+    blame = (Blame("attention", "Softmax", -1.5), Blame("act.1", "Sigmoid", -1.0), Blame("act.2", "Sigmoid", -1.0))
+    assert (
+        "Replace the Sigmoid at `act.1` to `act.2`" in chosen_fixes(("relu",), *blame, next_activation="Relu")["relu"]
+    )
+    assert chosen_fixes(("relu",), blame[0], next_activation="Identity") == {}
+    assert "Replace the Softmax at `a`" in chosen_fixes(("relu",), blame[0], next_activation="Softmax")["relu"]
+
+
 def test_the_blamed_activation_is_named_where_the_next_one_is_a_relu() -> None:
     sigmoids = (Blame("act.3", "Sigmoid", -2.0), Blame("act.5", "Sigmoid", -2.0))
     texts = chosen_fixes(("relu",), *sigmoids, next_activation="Relu")

@@ -55,9 +55,10 @@ def op(node: ir.Node) -> str:
 
 def dims(value: ir.Value | None) -> tuple[int, ...] | None:
     """The value's static shape, or None where a dimension (or the rank) is not known."""
-    if value is None or value.shape is None or not value.shape.is_static():
+    if value is None or value.shape is None:
         return None
-    return tuple(int(d) for d in value.shape.numpy())
+    sizes = tuple(d for d in value.shape.dims if isinstance(d, int))
+    return sizes if len(sizes) == len(value.shape) else None
 
 
 def main_output(node: ir.Node) -> ir.Value:

@@ -196,6 +196,11 @@ _LAYER = (
         ("output_std", "data units", "standard deviation of the output over examples, positions and units"),
         ("signal", "ratio", "standard deviation of the output over examples / its RMS; absent for constant branches"),
         ("trunk_signal", "ratio", "the largest `signal` of the values that cross this cut of the graph"),
+        (
+            "position_signal",
+            "ratio",
+            "of what the last layer reads: difference between positions / RMS, where each has an output; else absent",
+        ),
         ("grad_rms", "per example", "root mean square of the gradient of the output (scope weight: of this weight)"),
         ("gain", "decades", "grad_norm at the input / at the output of this node"),
         ("trunk_decades", "decades", "trunk gradient (L2 norm) at this cut / the trunk's largest: 0 or below"),

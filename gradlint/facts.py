@@ -40,6 +40,7 @@ from gradlint.graph import (
 )
 from gradlint.layer_facts import layer_figures, layer_inputs, layer_row, place
 from gradlint.options import Options
+from gradlint.positions import estimated_difference, last_features, told_apart
 from gradlint.probe import Probe, Request, Skipped
 from gradlint.recurrent_facts import Profiles
 from gradlint.results import Blame, Evidence, LayerRow, WeightRow
@@ -71,13 +72,13 @@ def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Re
             values += [str(o.name) for o in chosen]
     weights = list(dict.fromkeys(str(u.value.name) for u in parts.uses))
     units = {str(n.name): unit_axis(main_output(n), estimate) for n in parts.activations}
-    last = next((n for n in reversed(parts.layers) if n in parts.weighted), None)
-    read = [v for v in (last.inputs if last is not None else ()) if v is not None and v in estimate.varies]
-    features = str(read[0].name) if read else None
+    last = last_features(parts, estimate)
+    features = str(last[1].name) if last is not None else None
+    apart = told_apart(parts, estimate)
     softmax = {str(a.node.outputs[0].name): str(a.path[0][0].name) for a in attentions(graph) if a.path}
     curves = [str(n.name) for n in parts.activations if op(n) in ELEMENTWISE]
     kernels = list(dict.fromkeys(str(u.value.name) for u in parts.uses if role(u) in PICTURED)) if pictures else None
-    return Request(values, weights, curves, units, features, softmax, kernels)
+    return Request(values, weights, curves, units, features, apart, softmax, kernels)
 
 
 def _alone(value: ir.Value) -> bool:
@@ -144,13 +145,16 @@ def gather(
     static = static_facts(parts, estimate, options.mode, tapped, steps, lengths)
     depth = depths(parts.graph)
     folded = set(folded_batchnorms(parts.graph))
-    previous = layer_inputs(parts)
+    previous, last = layer_inputs(parts), last_features(parts, estimate)
     for index, node in enumerate(parts.layers):
         figures = layer_figures(node, parts, estimate, proof, measured, flow)
         rows.append(layer_row(node, figures, weights_of.get(node, []), previous.get(node, ()), flow))
         known = _Known()
         for kind in ("proved", "estimated", "measured"):
             known.add(kind, figures[kind])
+        if last is not None and node is last[0]:
+            known.add("estimated", {"position_signal": estimated_difference(parts, estimate)})
+            known.add("measured", {"position_signal": measured.position_signal if measured is not None else None})
         known.facts |= place(node, parts, estimate, depth(node), index, node in folded) | static.layers[node]
         known.facts["on_trunk"] = node in flow.trunk
         if isinstance(probed, Probe):
@@ -170,7 +174,7 @@ def gather(
             weight_subjects[k] = replace(s := weight_subjects[k], facts={**s.facts, "sharpness_share": share})
     flow_facts = flow.model_facts()
     known = _Known(dict(model) | dict(static.model))
-    if measured is not None and measured.alignment is not None:
+    if measured is not None:
         known.add("measured", {"alignment": measured.alignment})
     trunk = frozenset(str(n.name) for n in flow.trunk)
     for kind in _KINDS:
@@ -203,7 +207,7 @@ def _before_overflow(measured: Probe, lost: frozenset[str]) -> Probe:
     where comparisons with NaN made zeros of it."""
     kept = ("output_mean", "output_std", "signal")
     rows = {n: {k: row[k] for k in kept if k in row} for n, row in measured.values.items() if n not in lost}
-    return replace(measured, values=rows, weights={}, steps={}, alignment=None)
+    return replace(measured, values=rows, weights={}, steps={}, alignment=None, position_signal=None)
 
 
 def _add_ratios(subjects: list[Subject]) -> None:

@@ -60,6 +60,16 @@ def coherence(sums: Mapping[tuple[str, str], np.ndarray], examples: int) -> floa
     return max(shifts / squares if squares > 0 else 1.0, 1 / examples)
 
 
+def difference(apart: float, energy: float) -> float | None:
+    """|X - 1 m| / |X|, m the mean over the positions of each example: the distance from rank one (Dong et al. 2021).
+
+    apart, energy: the squares of numerator and denominator. None where one overflows.
+    """
+    if not (math.isfinite(apart) and math.isfinite(energy)):
+        return None
+    return math.sqrt(apart / energy) if energy > 0 else 0.0
+
+
 ACTIVATION = "\0activation"  # activation figures are kept under the node's name, apart from values
 
 

@@ -15,7 +15,7 @@ from gradlint.alignment import alignment, gram_of_inputs
 from gradlint.backward import Backward
 from gradlint.data import Arrays, Data
 from gradlint.exceptions import DataError
-from gradlint.figures import ACTIVATION, coherence, statistics
+from gradlint.figures import ACTIVATION, coherence, difference, statistics
 from gradlint.graph import FLOATS, REORDERS, dims, is_float, op
 from gradlint.histograms import Histogram, View, Wanted, measure
 from gradlint.losses import seeds_of
@@ -23,7 +23,7 @@ from gradlint.ops.batch_normalization import to_train_mode
 from gradlint.options import Loss
 from gradlint.reverse import Cut, backward, named_output
 from gradlint.session import SCALE, part, run, runtime_errors, session_of
-from gradlint.taps import Taps, batch_axis, tap_activation, tap_attention, tap_gram, tap_seed, tap_value, tap_weight
+from gradlint.taps import Taps, batch_axis, tap_activation, tap_attention, tap_gram, tap_positions, tap_seed, tap_value, tap_weight
 from gradlint.transfer import ELEMENTWISE
 
 
@@ -43,7 +43,7 @@ class Probe:
     values: by value name: mean, std, signal, grad_rms, grad_norm, and of activations slope, saturated, dead, ..;
     weights: by initializer name: grad_rms, grad_mean_abs, zero_share; steps: |dL/dh_t| per time step by node name;
     cotangent: norm of the loss's gradient at the outputs, RMS over examples; alignment: of the last features with the
-    inputs (`gradlint.alignment`); coherence: of the examples' gradients at the outputs (`figures.coherence`; 1 under
+    inputs (`gradlint.alignment`); position_signal: of the last features (`gradlint.positions`); coherence: of the examples' gradients at the outputs (`figures.coherence`; 1 under
     the linear loss, whose targets are independent); whole: data_mean, data_std, data_low, data_high over the float
     inputs; classes and initial_loss under cross-entropy; histograms: where asked for, by kind (`input` of an activation
     by its name, `gradient` by initializer, `logits` and `entropy` by the softmax's output) and name.
@@ -57,6 +57,7 @@ class Probe:
     cuts: tuple[Cut, ...]
     measured: frozenset[str]
     alignment: float | None = None
+    position_signal: float | None = None
     coherence: float = 1.0
     whole: Mapping[str, float] = field(default_factory=dict)
     histograms: Mapping[tuple[str, str], Histogram] = field(default_factory=dict)
@@ -69,7 +70,8 @@ class Probe:
 class Request:
     """What to measure: values by name, weights by initializer name, activation nodes by name.
 
-    units: the axis of units by activation name; features: the value the last layer reads; attentions: the softmax's
+    units: the axis of units by activation name; features: the value the last layer reads; told_apart: its axes of
+    positions with an output each; attentions: the softmax's
     output by name, and its logits before masks; pictured: weights whose gradients' histograms are wanted, with those
     of all activations and attentions (None: no histograms).
     """
@@ -79,6 +81,7 @@ class Request:
     activations: Sequence[str]
     units: Mapping[str, int] = field(default_factory=dict)
     features: str | None = None
+    told_apart: tuple[int, ...] = ()
     attentions: Mapping[str, str] = field(default_factory=dict)
     pictured: Sequence[str] | None = None
 
@@ -144,6 +147,8 @@ def probe(
             tap_attention(taps, name, values[name], values[logits])
     if request.features in values and chunks == 1:
         tap_gram(taps, values[request.features], batch)
+    if request.features in values and request.told_apart:
+        tap_positions(taps, values[request.features], request.told_apart)
     for k, value in enumerate(losses):
         taps.add("loss", str(k), value)
     for output, cotangent in seeds.items():
@@ -175,10 +180,13 @@ def probe(
     likeness = None
     if ("gram", "features") in sums:
         likeness = alignment(gram_of_inputs(data.inputs.values(), batch), sums["gram", "features"])
+    apart = None
+    if ("energy", "features") in sums:
+        apart = difference(float(sums["apart", "features"]), float(sums["energy", "features"]))
     whole = _input_figures(data.inputs) | _initial_loss(sums, seeds)
     times = (built - started, ran - built, ended - ran)
     agreement = 1.0 if loss == "linear" else coherence(sums, examples)
-    return Probe(*found, examples, cuts, measured, likeness, agreement, whole, histograms, *times)
+    return Probe(*found, examples, cuts, measured, likeness, apart, agreement, whole, histograms, *times)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ CAPS = {
     "time_growth": 12.0,  # twice the decades it grows over the steps of a recurrence: as gradient, and as chaos
     "nonlinearity": 4.0,  # decades of the nonlinearity coefficient, or of likeness lost: shattered gradients, chaos
     "steepness": 8.0,  # thrice the decades that the largest stable learning rate lies below usual ones
-    "collapse": 4.0,  # decades the trunk's signal falls below 1
+    "collapse": 4.0,  # decades the signal falls below 1: between examples, or between positions with an output each
     "symmetry": _SYMMETRIC,  # all kernels constant
 }
 
@@ -64,6 +64,7 @@ def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[s
     trained = model.get("stage") == "trained"
     made_up = trained and not model.get("data_given")
     signals = _numbers(subjects, "trunk_signal", lambda s: not s.facts.get("is_head"))
+    signals += _numbers(subjects, "position_signal", lambda s: True)
     growths = _numbers(subjects, "time_decades", lambda s: True)
     times = _numbers(subjects, "time_decades", lambda s: s.facts.get("cell") not in ("LSTM", "GRU"))
     kernels = [s for s in subjects if s.facts.get("role") in ("kernel", "recurrent")]

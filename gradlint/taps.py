@@ -89,6 +89,14 @@ def tap_gram(taps: Taps, value: ir.Value, batch: int) -> None:
     taps.add("gram", "features", b.op("Gemm", rows, rows, transB=1))
 
 
+def tap_positions(taps: Taps, value: ir.Value, axes: tuple[int, ...]) -> None:
+    """Squares of all elements, and of their differences from the mean over positions."""
+    b = taps.b
+    apart = b.op("Sub", value, b.op("ReduceMean", value, b.constant(list(axes)), keepdims=1))
+    taps.add("energy", "features", b.op("ReduceSumSquare", value, keepdims=0))
+    taps.add("apart", "features", b.op("ReduceSumSquare", apart, keepdims=0))
+
+
 def tap_seed(taps: Taps, name: str, cotangent: ir.Value, axis: int | None) -> None:
     """The square of the gradient at an output, and the gradient of a shift that all examples' outputs share."""
     taps.add("seed", name, taps.b.op("ReduceSumSquare", cotangent, keepdims=0))

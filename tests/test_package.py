@@ -93,6 +93,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops.*": _TABLES,
     "estimate": {*_TABLES, "load"},
     "reverse": {*_TABLES, "canonical", "load"},
+    "positions": {"anatomy", "domain", "estimate", "figures", "graph", "structure"},
     "alignment": {"domain", "exceptions", "graph", "results"},
     "losses": {"backward", "data", "exceptions", "graph", "options"},
     "taps": _TABLES,

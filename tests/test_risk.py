@@ -16,6 +16,7 @@ FATAL = [
     "mlp(depth=12, gain=0.1)",
     "mlp(depth=12, gain=8.0)",
     'rnn(cell="RNN", steps=60, gain=0.6)',
+    "transformer(depth=6, skip=False)",
 ]
 SOUND = [
     "mlp(depth=4, gain=1.414)",
@@ -23,6 +24,7 @@ SOUND = [
     "mlp(depth=24, gain=1.414, residual=True, norm=True)",
     'rnn(cell="LSTM", steps=60)',
     "cnn()",
+    "transformer(depth=6)",
 ]
 
 

@@ -11,9 +11,10 @@ import onnx_ir as ir
 from gradlint.anatomy import Anatomy
 from gradlint.estimate import Estimate, Proof
 from gradlint.fact_table import Fact, Subject
-from gradlint.graph import is_float, main_output, op, source
+from gradlint.graph import main_output, op, source
 from gradlint.patterns import behind, normalisations, scalar
 from gradlint.results import Evidence
+from gradlint.sharpness import multiplied
 from gradlint.trunk import crossing
 
 Figures = dict[Evidence, dict[str, float]]
@@ -97,15 +98,13 @@ def learning_spread(weights: Iterable[Subject], trunk: frozenset[str], kind: Evi
 
 def forward_scale(layer: ir.Node, estimate: Estimate, measured: Mapping[str, Mapping[str, float]]) -> float | None:
     """Standard deviation of the value a layer's weights are multiplied with; measured where it was."""
-    for value in layer.inputs:
-        if value is None or value not in estimate.varies or not is_float(value):
-            continue
-        if (std := measured.get(str(value.name), {}).get("output_std")) is not None:
-            return std
-        x = estimate.moments.get(value)
-        if x is not None:
-            return x.std
-    return None
+    value = multiplied(layer, estimate)
+    if value is None:
+        return None
+    if (std := measured.get(str(value.name), {}).get("output_std")) is not None:
+        return std
+    x = estimate.moments.get(value)
+    return None if x is None else x.std
 
 
 # -- poles -------------------------------------------------------------------------------------------------------------

@@ -128,6 +128,11 @@ _MODEL = (
             "decades",
             "log10 of the tangent kernel's trace: SGD is stable up to a rate of about 2 / 10^it",
         ),
+        (
+            "responsiveness",
+            "decades",
+            "log10 of that trace without what examples have in common: SGD needs about 1 / (rate * 10^it) steps",
+        ),
         ("head_growth", "decades", "trunk gradient at the last features / at the outputs, where it grows; else 0"),
         ("learning_spread", "decades", "log10 of largest to smallest grad_rms / weight_rms over trunk kernels"),
     )

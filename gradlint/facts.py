@@ -6,8 +6,9 @@ Best evidence first: where the probe measured a quantity it stands before the es
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ from gradlint.positions import estimated_difference, last_features, told_apart
 from gradlint.probe import Probe, Request, Skipped
 from gradlint.recurrent_facts import Profiles
 from gradlint.results import Blame, Evidence, LayerRow, WeightRow
-from gradlint.sharpness import counted, estimated_sharpness, last_part, measured_sharpness, shares
+from gradlint.sharpness import counted, estimated_sharpness, last_part, measured_sharpness, responsiveness, shares
 from gradlint.static_facts import StaticFacts, static_facts
 from gradlint.structure import unit_axis
 from gradlint.transfer import ELEMENTWISE
@@ -183,6 +184,10 @@ def gather(
     known.add("estimated", {"sharpness": estimated_sharpness(steep, estimate, at_outputs["estimated"], floor)})
     if measured is not None:
         known.add("measured", {"sharpness": measured_sharpness(steep, measured, at_outputs["measured"], floor)})
+    for kind, rms_of, coherence in _gradients(estimate, None if lost else measured):
+        signals = partial(flow.signal_of, estimate, kind)
+        response = responsiveness(parts, estimate, rms_of, signals, at_outputs[kind], coherence)
+        known.add(kind, {"responsiveness": response})
     if lost:
         known.add("measured", {"trunk_max_decades": math.inf})  # the loss is not finite, nor is any step
     probed_values = probed.values if isinstance(probed, Probe) else {}
@@ -193,6 +198,16 @@ def gather(
     every = (*subjects, *weight_subjects, *disconnected)
     blames = {str(n.name): flow.blame_of(n) for n in parts.layers}
     return Facts(tuple(rows), tuple(weights), every, known.facts, blames, static.profiles)
+
+
+def _gradients(
+    estimate: Estimate, measured: Probe | None
+) -> Iterator[tuple[Evidence, Callable[[ir.Value], float | None], float]]:
+    """Per kind of evidence the RMS of a weight's gradient, and how far the examples' agree at the outputs."""
+    yield "estimated", estimate.grad_rms, 1.0
+    if measured is not None:
+        rows = measured.weights
+        yield "measured", lambda v: rows.get(str(v.name), {}).get("grad_rms"), measured.coherence
 
 
 def _overflown(parts: Anatomy, measured: Probe | None) -> frozenset[str]:

@@ -113,6 +113,12 @@ class Flow:
         }
         return {name: curve[kind][node] for name, curve in curves.items() if node in curve.get(kind, {})}
 
+    def signal_of(self, estimate: Estimate, kind: Evidence, value: ir.Value) -> float:
+        """Of the trunk where a value is made; of an input, by its assumed or given moments; 1 where it is not known."""
+        maker = value.producer()
+        found = estimated_signal(estimate, value) if maker is None else self.signal[kind].get(maker)
+        return 1.0 if found is None else found
+
     def model_facts(self) -> dict[Evidence, dict[str, float]]:
         found: dict[Evidence, dict[str, float]] = {"estimated": {}, "measured": {}}
         for kind in self.decades:

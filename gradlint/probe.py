@@ -23,7 +23,17 @@ from gradlint.ops.batch_normalization import to_train_mode
 from gradlint.options import Loss
 from gradlint.reverse import Cut, backward, named_output
 from gradlint.session import SCALE, part, run, runtime_errors, session_of
-from gradlint.taps import Taps, batch_axis, tap_activation, tap_attention, tap_gram, tap_positions, tap_seed, tap_value, tap_weight
+from gradlint.taps import (
+    Taps,
+    batch_axis,
+    tap_activation,
+    tap_attention,
+    tap_gram,
+    tap_positions,
+    tap_seed,
+    tap_value,
+    tap_weight,
+)
 from gradlint.transfer import ELEMENTWISE
 
 
@@ -43,10 +53,11 @@ class Probe:
     values: by value name: mean, std, signal, grad_rms, grad_norm, and of activations slope, saturated, dead, ..;
     weights: by initializer name: grad_rms, grad_mean_abs, zero_share; steps: |dL/dh_t| per time step by node name;
     cotangent: norm of the loss's gradient at the outputs, RMS over examples; alignment: of the last features with the
-    inputs (`gradlint.alignment`); position_signal: of the last features (`gradlint.positions`); coherence: of the examples' gradients at the outputs (`figures.coherence`; 1 under
-    the linear loss, whose targets are independent); whole: data_mean, data_std, data_low, data_high over the float
-    inputs; classes and initial_loss under cross-entropy; histograms: where asked for, by kind (`input` of an activation
-    by its name, `gradient` by initializer, `logits` and `entropy` by the softmax's output) and name.
+    inputs (`gradlint.alignment`); position_signal: of the last features (`gradlint.positions`); coherence: of the
+    examples' gradients at the outputs (`figures.coherence`; 1 under the linear loss, whose targets are independent);
+    whole: data_mean, data_std, data_low, data_high over the float inputs; classes and initial_loss under cross-entropy;
+    histograms: where asked for, by kind (`input` of an activation by its name, `gradient` by initializer, `logits` and
+    `entropy` by the softmax's output) and name.
     """
 
     values: Mapping[str, Mapping[str, float]]

@@ -22,6 +22,7 @@ from gradlint.facts import Facts
 _SHARPEST = 1e-8  # signal below this is none
 _SOUND_SPREAD = 2.5  # decades between the learning speeds of weights in networks which train
 _SOUND_SHARPNESS = 4.0  # decades of the tangent kernel's trace at which usual rates don't overshoot yet
+_SOUND_RESPONSE = -2.0  # decades of the trace, without what examples have in common, at which usual rates still do
 _SOUND_ALIGNMENT = 0.3  # decades below 1 that the likeness of features to inputs falls in networks which train
 _SHATTERED = 2.0  # decades from which on it makes no difference
 _SYMMETRIC = 6.0  # decades lost where no unit differs from another
@@ -33,6 +34,7 @@ CAPS = {
     "time_growth": 12.0,  # twice the decades it grows over the steps of a recurrence: as gradient, and as chaos
     "nonlinearity": 4.0,  # decades of the nonlinearity coefficient, or of likeness lost: shattered gradients, chaos
     "steepness": 8.0,  # thrice the decades that the largest stable learning rate lies below usual ones
+    "flatness": 4.0,  # decades that the least effective learning rate lies above usual ones
     "collapse": 4.0,  # decades the signal falls below 1: between examples, or between positions with an output each
     "symmetry": _SYMMETRIC,  # all kernels constant
 }
@@ -57,8 +59,9 @@ def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[s
     Gates learn to hold, by a bias that no step stands before: only a recurrence without gates loses over time, while
     growth over time is a loss to all. Growth of the gradient over layers is nonlinearity, or steepness, or (where it is
     not finite) both. Features that have lost the likeness between the inputs (CKA) tell the same as nonlinearity: the
-    larger counts. What training made itself is no loss: of a trained network nonlinearity and steepness don't count,
-    and a signal that collapses or a recurrence that grows does on real data only.
+    larger counts. Adam's steps don't shrink with the gradient, so flatness is no loss to it. What training made itself
+    is no loss: of a trained network nonlinearity, steepness and flatness don't count, and a signal that collapses or a
+    recurrence that grows does on real data only.
     """
     subjects = list(subjects)
     trained = model.get("stage") == "trained"
@@ -73,6 +76,9 @@ def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[s
     unlike = 0.0 if alignment is None else -math.log10(max(alignment, _SHARPEST)) - _SOUND_ALIGNMENT
     overflows = _number(model.get("trunk_max_decades")) == math.inf
     steep = (_number(model.get("sharpness")) or 0.0) - _SOUND_SHARPNESS
+    response = _number(model.get("responsiveness"))
+    if response is None or model.get("optimizer") == "adam":
+        response = _SOUND_RESPONSE
     found = {
         "decay": max(
             0.0,
@@ -83,11 +89,14 @@ def evidence(model: Mapping[str, object], subjects: Iterable[Subject]) -> dict[s
         "time_growth": 2 * max([0.0, *growths]),
         "nonlinearity": max(_number(model.get("nonlinearity")) or 0.0, min(unlike, _SHATTERED)),
         "steepness": math.inf if overflows else 3 * max(0.0, steep),
+        "flatness": max(0.0, _SOUND_RESPONSE - response),
         "collapse": max(0.0, -math.log10(max(min(signals, default=1.0), _SHARPEST))),
         "symmetry": _SYMMETRIC if spreads and max(spreads) < _SHARPEST else 0.0,
     }
     learned = (
-        {"nonlinearity"} | ({"collapse", "time_growth"} if made_up else set()) | (set() if overflows else {"steepness"})
+        {"nonlinearity", "flatness"}
+        | ({"collapse", "time_growth"} if made_up else set())
+        | (set() if overflows else {"steepness"})
     )
     return {name: 0.0 if trained and name in learned else decades for name, decades in found.items()}
 

@@ -1,24 +1,30 @@
-"""How steep the loss is at the start: whether any usual learning rate is short enough for a step.
+"""How steep the loss is at the start, and how flat: whether a usual learning rate is short, or long, enough.
 
 Gradient descent is stable up to a rate of about 2 / the largest eigenvalue of the tangent kernel, which its trace
 bounds, and comes close to where activations are far from zero (LeCun et al. 1998; Jacot et al. 2018; Cohen et al.
 2021). The trace grows with the squared scale of weights and inputs at every layer: it shows what ratios between layers
 don't, such as two layers drawn far too large.
+
+The same trace, without what all examples have in common, is how far a step of rate 1 moves examples apart. Where it is
+tiny no usual number of steps does, whether the signal collapsed, the gradient, or a part of each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import onnx_ir as ir
 
 from gradlint.anatomy import Anatomy
 from gradlint.estimate import Estimate
 from gradlint.fact_table import Subject
-from gradlint.graph import WeightUse, dims
+from gradlint.graph import WeightUse, dims, is_float
 from gradlint.patterns import normalisations
 from gradlint.probe import Probe
+from gradlint.weight_facts import role
+
+_MULTIPLIED = frozenset({"kernel", "recurrent", "embedding"})
 
 
 def unnormalised(graph: ir.Graph) -> frozenset[ir.Node]:
@@ -72,6 +78,36 @@ def trace(squares: Iterable[float], output_gradient: float, coherence: float = 1
     if math.isinf(total):
         return math.inf
     return math.log10(total) - math.log10(shift) if total > 0 and 0 < shift < math.inf else None
+
+
+def responsiveness(
+    parts: Anatomy,
+    estimate: Estimate,
+    gradients: Callable[[ir.Value], float | None],
+    signals: Callable[[ir.Value], float],
+    output_gradient: float,
+    coherence: float = 1.0,
+) -> float | None:
+    """`trace` over kernels, each without the part of its gradient that its input's mean over examples makes.
+
+    gradients: RMS of a weight's; signals: of what a layer reads (std over examples / RMS), whose square is the share of
+    its second moment that tells examples apart. Input and gradient are taken as independent. -inf where nothing moves.
+    """
+    read: dict[ir.Value, float] = {}
+    for use in parts.uses:
+        if role(use) in _MULTIPLIED:
+            value = multiplied(use.layer, estimate)
+            signal = 1.0 if value is None else signals(value)
+            read[use.value] = max(read.get(use.value, 0.0), signal)
+    squares = [_square(value, gradients(value)) * min(signal, 1.0) ** 2 for value, signal in read.items()]
+    if not squares or not 0 < output_gradient < math.inf:
+        return None
+    return trace(squares, output_gradient, coherence) if sum(squares) > 0 else -math.inf
+
+
+def multiplied(layer: ir.Node, estimate: Estimate) -> ir.Value | None:
+    """The value that a layer's weights are multiplied with."""
+    return next((v for v in layer.inputs if v is not None and v in estimate.varies and is_float(v)), None)
 
 
 def last_part(weights: Sequence[Subject]) -> float | None:

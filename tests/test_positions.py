@@ -1,4 +1,4 @@
-"""How far the last features differ between positions: by hand, by probe and estimate, and where there is nothing to say."""
+"""How far the last features differ between positions: by hand, by probe and estimate; where nothing is to be said."""
 
 from __future__ import annotations
 

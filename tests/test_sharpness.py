@@ -22,6 +22,12 @@ def sharpness(model: onnx.ModelProto, **options: Any) -> float:
     return float(finding.metrics["sharpness"])
 
 
+def responsiveness(model: onnx.ModelProto, **options: Any) -> float:
+    any_ = {"weight-gradient-underflow": {"warning": 99.0, "error": -99.0}}
+    (finding,) = gradlint.check(model, select=("weight-gradient-underflow",), limits=any_, **options).findings
+    return float(finding.metrics["responsiveness"])
+
+
 def saved(folder: Path, **arrays: np.ndarray) -> Path:
     np.savez(folder / "data.npz", **arrays)
     return folder / "data.npz"
@@ -64,6 +70,39 @@ def test_a_network_that_overshoots_fails_though_no_layer_stands_out() -> None:
     assert steep.summary.verdict == "fail"
     assert [f.rule for f in steep.findings if f.level == "error"] == ["steep-loss"]
     assert gradlint.check(mlp(depth=2, gain=20.0), optimizer="adam").summary.verdict == "warn"
+
+
+@pytest.mark.parametrize("probe", [True, False])
+def test_what_all_examples_have_in_common_moves_none_of_them_apart(probe: bool, tmp_path: Path) -> None:
+    """Inputs of mean 10 and variance 1: of the square of 101 per input 1 is left."""
+    x = 10 + np.random.default_rng(0).standard_normal((64, 400)).astype(np.float32)
+    options = {"data": saved(tmp_path, x=x), "probe": probe}
+    model = mlp(depth=0, inputs=400)
+    assert sharpness(model, **options) == pytest.approx(math.log10(400 * 101), abs=0.3)
+    assert responsiveness(model, **options) == pytest.approx(math.log10(400), abs=0.3)
+
+
+@pytest.mark.parametrize("probe", [True, False])
+def test_small_weights_make_the_loss_flat_though_all_layers_learn_at_one_pace(probe: bool) -> None:
+    """Each of four kernels has three others beside it, two of which are drawn 10 times smaller, or three (the head)."""
+    usual, small = (responsiveness(mlp(depth=3, gain=gain), probe=probe) for gain in (1.4, 0.14))
+    assert usual - small == pytest.approx(4.0, abs=0.7)
+
+
+def test_a_network_that_hardly_moves_fails_unless_adam_trains_it() -> None:
+    flat = mlp(depth=8, gain=0.3)
+    found = gradlint.check(flat)
+    assert found.summary.verdict == "fail"
+    assert "weight-gradient-underflow" in {f.rule for f in found.findings if f.level == "error"}
+    adam = gradlint.check(flat, optimizer="adam")
+    assert adam.summary.risk is not None
+    assert found.summary.risk is not None
+    assert adam.summary.risk < found.summary.risk
+    assert "weight-gradient-underflow" not in {f.rule for f in adam.findings}
+
+
+def test_dead_units_move_nothing() -> None:
+    assert responsiveness(mlp(depth=2, bias=-100.0)) == -math.inf
 
 
 def test_what_is_not_finite_is_infinitely_steep() -> None:

@@ -24,13 +24,15 @@ class Moments:
 
     fixed: over positions, the same for every example (padding, position embeddings);
     shared: over examples, the same at every position (what global pooling keeps);
-    local: over examples and positions at once.
+    local: over examples and positions at once;
+    skew: the third central moment where it matters, as a rectified value's (None: 0, as a normal's).
     """
 
     mean: Array
     fixed: Array
     shared: Array
     local: Array
+    skew: Array | None = None
 
     @property
     def var(self) -> Array:
@@ -51,12 +53,15 @@ class Moments:
 
     def map(self, move: Callable[[Array], Array]) -> Moments:
         """The same moments in another arrangement of axes."""
-        return Moments(move(self.mean), move(self.fixed), move(self.shared), move(self.local))
+        skew = None if self.skew is None else move(self.skew)
+        return Moments(move(self.mean), move(self.fixed), move(self.shared), move(self.local), skew)
 
     def scaled(self, factor: Array | float, shift: Array | float = 0.0) -> Moments:
         """Moments of factor * x + shift, with a known factor per unit."""
         square = np.square(factor)
-        return Moments(self.mean * factor + shift, self.fixed * square, self.shared * square, self.local * square)
+        parts = (self.fixed * square, self.shared * square, self.local * square)
+        skew = None if self.skew is None else self.skew * (square * factor)
+        return Moments(self.mean * factor + shift, *parts, skew)
 
     @staticmethod
     def constant(array: Array) -> Moments:
@@ -76,6 +81,10 @@ class Gradient:
 
     balanced: the part of `local` that sums to zero over the positions of each example, so that a weight behind it does
     not see what all positions have in common (keys of attention: softmax cancels what they share). None: nothing.
+    aligned: second moment of the mean over positions of g z, z the standardised value: an activation lets through more
+    of the gradient where its input is large, so that what was the same at every position goes along with z. None: 0.
+    upper: second moment where the value is in the upper half of its distribution: behind a sum that is rectified again,
+    what a Relu has let through is let through more often than what it has not. None: as in the lower half.
 
     For a value that depends on the input g is the gradient of the per-example loss; for a weight, of the batch loss.
     Under the linear loss with independent normal targets both have the same second moment for any batch size.
@@ -84,25 +93,30 @@ class Gradient:
     shared: Array
     local: Array
     balanced: Array | None = None
+    aligned: Array | None = None
+    upper: Array | None = None
 
     @property
     def total(self) -> Array:
         return self.shared + self.local
 
     def map(self, move: Callable[[Array], Array]) -> Gradient:
-        balanced = None if self.balanced is None else move(self.balanced)
-        return Gradient(move(self.shared), move(self.local), balanced)
+        rest = (None if part is None else move(part) for part in (self.balanced, self.aligned, self.upper))
+        return Gradient(move(self.shared), move(self.local), *rest)
 
     def scaled(self, square: Array | float) -> Gradient:
         """The gradient times a factor whose square is `square`; one number keeps the balance."""
         balanced = self.balanced * square if self.balanced is not None and np.ndim(square) == 0 else None
-        return Gradient(self.shared * square, self.local * square, balanced)
+        aligned, upper = (None if part is None else part * square for part in (self.aligned, self.upper))
+        return Gradient(self.shared * square, self.local * square, balanced, aligned, upper)
 
     def __add__(self, other: Gradient) -> Gradient:
         """Where branches meet their gradients add; taken as uncorrelated, so second moments add."""
-        parts = [b for b in (self.balanced, other.balanced) if b is not None]
-        balanced = sum(parts[1:], parts[0]) if parts else None
-        return Gradient(self.shared + other.shared, self.local + other.local, balanced)
+        both = ((self.balanced, other.balanced), (self.aligned, other.aligned))
+        rest = (b if a is None else a if b is None else a + b for a, b in both)
+        halves = [g.total if g.upper is None else g.upper for g in (self, other)]
+        upper = None if self.upper is None and other.upper is None else halves[0] + halves[1]
+        return Gradient(self.shared + other.shared, self.local + other.local, *rest, upper)
 
 
 @dataclass(frozen=True, slots=True)

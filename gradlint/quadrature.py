@@ -203,6 +203,67 @@ def _tabulated(h: Function, mean: Array, std: Array, kinked: bool, kinks: Sequen
     return Spectrum(found[0], found[0] ** 2 + found[-1] * std**2, coefficients**2)
 
 
+# -- skewed variables --------------------------------------------------------------------------------------------------
+
+_MEAN = 1 / math.sqrt(2 * math.pi)  # of max(u, 0), u standard normal, as are
+_VAR, _THIRD = 0.5 - _MEAN**2, 0.5 * _MEAN + 2 * _MEAN**3  # variance and third central moment
+_MOST = 0.98  # of a variance: what the rectified part may have
+_HALF, _WEIGHTS = np.polynomial.legendre.leggauss(12)
+_HALF = np.concatenate([[0.0], 2.5 * (_HALF + 1)])  # nodes of max(u, 0): half of it is 0
+_WEIGHTS = np.concatenate([[0.5], 0.5 * _WEIGHTS * density(_HALF[1:]) / (_WEIGHTS @ density(_HALF[1:]))])
+
+
+def third_moments(h: Piecewise, mean: Array, var: Array, skew: Array | None = None) -> tuple[Array, Array, Array]:
+    """E[h(z)], E[h(z)^2] and the third central moment of h(z), for z of the given third central moment.
+
+    z is taken as a max(u, 0) + b, u and b normal, the first of these with all of the skewness: exact for a rectified
+    normal plus a normal, which is what a residual stream of rectified sums looks like.
+    """
+    (mean, var, *rest), wrap = entries(mean, var, *(() if skew is None else (skew,)))
+    if not rest:
+        raw = _raw_moments(h, *np.broadcast_arrays(mean, np.sqrt(np.maximum(var, 1e-300))))
+    else:
+        raw = _raw_moments(h, *np.broadcast_arrays(*_parts(mean, var, rest[0]))) @ _WEIGHTS
+    first, second, third = raw
+    return wrap((first, np.maximum(second, first**2), third - 3 * first * second + 2 * first**3))
+
+
+def halves(h: Piecewise, mean: Array, var: Array, skew: Array | None = None) -> tuple[Array, Array]:
+    """E[h(z)^2] where u < 0 and where u > 0: z = mean + std u, or as in `third_moments`."""
+    (mean, var, *rest), wrap = entries(mean, var, *(() if skew is None else (skew,)))
+    if rest:
+        centres, std = _parts(mean, var, rest[0])
+        second = _raw_moments(h, *np.broadcast_arrays(centres, std))[1]
+        lower, upper = second[..., 0], 2 * (second[..., 1:] @ _WEIGHTS[1:])
+    else:
+        mean, std = np.broadcast_arrays(mean, np.sqrt(np.maximum(var, 1e-300)))
+        lower, upper = (_raw_moments(h, mean, std, *ends)[1] * 2 for ends in ((-38.0, 0.0), (0.0, 38.0)))
+    return wrap((lower, upper))
+
+
+def _parts(mean: Array, var: Array, skew: Array) -> tuple[Array, Array]:
+    """Means of z for nodes of max(u, 0), one more axis, and the standard deviation of b."""
+    most = np.sqrt(_MOST * np.maximum(var, 1e-300) / _VAR)
+    a = np.clip(np.cbrt(skew / _THIRD), -most, most)
+    std = np.sqrt(np.maximum(var - _VAR * a**2, 1e-300))
+    return (mean - a * _MEAN)[..., None] + a[..., None] * _HALF, std[..., None]
+
+
+def _raw_moments(h: Piecewise, mean: Array, std: Array, lo: float = -38.0, hi: float = 38.0) -> Array:
+    """E[h], E[h^2], E[h^3] over lo < u < hi, z = mean + std u: per piece h = A u + B on an interval of u."""
+    edges = [np.full(mean.shape, lo), *(np.clip((c - mean) / std, lo, hi) for c in h.breaks), np.full(mean.shape, hi)]
+    heights = [(phi, t * phi, (t**2 + 2) * phi) for t in edges for phi in [density(t)]]
+    found = np.zeros((3, *mean.shape))
+    for k, (slope, offset) in enumerate(zip(h.slopes, h.offsets, strict=True)):
+        lower, upper, p = heights[k], heights[k + 1], mass(edges[k], edges[k + 1])
+        e1, e2, e3 = lower[0] - upper[0], p + lower[1] - upper[1], lower[2] - upper[2]
+        a, b = slope * std, slope * mean + offset
+        found[0] += a * e1 + b * p
+        found[1] += a**2 * e2 + 2 * a * b * e1 + b**2 * p
+        found[2] += a**3 * e3 + 3 * a**2 * b * e2 + 3 * a * b**2 * e1 + b**3 * p
+    return found
+
+
 def _moments(weighted: Array, u: Array) -> Array:
     """Sums of `weighted` times the normalised Hermite polynomials He_k(u) / sqrt(k!), k = 0 .. order."""
     before, now = np.zeros_like(u), np.ones_like(u)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +25,7 @@ import onnx_ir as ir
 from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import dims
-from gradlint.quadrature import Function, Piecewise, spectrum
+from gradlint.quadrature import Function, Piecewise, Spectrum, halves, spectrum, third_moments
 from gradlint.runs import grouped
 
 
@@ -130,7 +130,8 @@ class Elementwise:
 ELEMENTWISE: dict[str, Elementwise] = {}
 
 
-def _ratio(part: Array, whole: Array) -> Array:
+def ratio(part: Array, whole: Array) -> Array:
+    """part / whole, 0 where there is no whole."""
     return part / np.where(whole > 0, whole, np.inf)
 
 
@@ -139,30 +140,62 @@ def apply_moments(
 ) -> Moments:
     """Moments of f(z), z ~ N(mean, var): covariances over positions and over examples by Mehler's formula."""
     s = spectrum(f, x.mean, x.var, kinked=kinked, kinks=kinks, per_unit=per_unit)
+    s, skew = _skewed(f, x, s)
     square = s.mean**2
     var = s.second - square
-    fixed = np.clip(s.correlated(_ratio(x.fixed, x.var)) - square, 0, var) if x.fixed.any() else np.zeros_like(var)
-    shared = s.correlated(_ratio(x.shared, x.var)) - square if x.shared.any() else np.zeros_like(var)
+    fixed = np.clip(s.correlated(ratio(x.fixed, x.var)) - square, 0, var) if x.fixed.any() else np.zeros_like(var)
+    shared = s.correlated(ratio(x.shared, x.var)) - square if x.shared.any() else np.zeros_like(var)
     shared = np.clip(shared, 0, var - fixed)
-    return Moments(s.mean, fixed, shared, var - fixed - shared)
+    return Moments(s.mean, fixed, shared, var - fixed - shared, skew)
+
+
+def _skewed(f: Function, x: Moments, s: Spectrum) -> tuple[Spectrum, Array | None]:
+    """The spectrum under x's own skewness, and what f makes of that; piecewise linear f only, which rectify.
+
+    The shape of the spectrum from order 1 on is kept, its size is as the variance's.
+    """
+    if not _plain(f):
+        return s, None
+    mean, second, skew = third_moments(f, x.mean, x.var, x.skew)
+    if x.skew is None:
+        return s, skew
+    share = ratio(second - mean**2, s.second - s.mean**2)
+    return Spectrum(mean, second, np.stack([mean**2, *(c * share for c in s.coefficients[1:])])), skew
 
 
 def apply_pullback(
     df: Function, x: Moments, g: Gradient, *, kinked: bool, kinks: Sequence[float] = (), per_unit: bool = False
 ) -> Gradient:
-    """Second moment of g * f'(z); g and z taken as independent, slopes correlated over positions as z is."""
+    """Second moment of g * f'(z); g and z taken as independent, slopes correlated over positions as z is.
+
+    E[f'(z) z] of g's shared part goes along with z, and what went along with f(z) still does, as far as it passes;
+    their signs are taken as equal (activations are steeper above than below).
+    """
     s = spectrum(df, x.mean, x.var, kinked=kinked, kinks=kinks, per_unit=per_unit)
+    s, _ = _skewed(df, x, s)
+    total, upper = g.total * s.second, None
+    if _plain(df):
+        lower, upper = halves(df, x.mean, x.var, x.skew)
+        above = g.total if g.upper is None else g.upper
+        upper = above * upper
+        total = (np.maximum(2 * g.total - above, 0) * lower + upper) / 2
     shared = np.zeros_like(s.second)
     if g.shared.any():
-        shared = g.shared * np.minimum(s.correlated(_ratio(x.shared, x.var)), s.second)
-    return Gradient(shared, g.total * s.second - shared)
+        shared = np.minimum(g.shared * np.minimum(s.correlated(ratio(x.shared, x.var)), s.second), total)
+    aligned = np.sqrt(g.shared * s.coefficients[1]) + (0 if g.aligned is None else np.sqrt(g.aligned * s.second))
+    return Gradient(shared, total - shared, aligned=np.minimum(np.square(aligned), total), upper=upper)
+
+
+def _plain(f: Function) -> TypeGuard[Piecewise]:
+    """Is f piecewise linear, and the same for every unit?"""
+    return isinstance(f, Piecewise) and not any(np.ndim(level) for level in (*f.breaks, *f.slopes, *f.offsets))
 
 
 def logarithmic(x: Moments) -> Moments:
     """Moments of ln z for z log-normal with the given ones; |mean| at least half a standard deviation is assumed."""
     level = np.maximum(np.maximum(np.abs(x.mean), 0.5 * np.sqrt(x.var)), 1e-150)
     spread = np.log1p(x.var / level**2)
-    part = _ratio(spread, x.var)
+    part = ratio(spread, x.var)
     return Moments(np.log(level) - spread / 2, x.fixed * part, x.shared * part, x.local * part)
 
 
@@ -309,15 +342,20 @@ def passthrough(op: str, move: Move, back: Move, vjp: VjpRow) -> None:
 # -- products and sums over positions ----------------------------------------------------------------------------------
 
 
-def product(g: Gradient, x: Moments) -> Gradient:
-    """Second moment of g * x at each position (g, x independent).
+def product(g: Gradient, x: Moments, along: Array | float = 0.0) -> Gradient:
+    """Second moment of g * x at each position (g, x independent but for what goes along with x).
 
     The same at every position where both are: g's shared part times x's mean or shared part; so is balanced what g's
-    balanced part makes of these.
+    balanced part makes of these, and what g's aligned part makes of x, `along` being the squared correlation of x with
+    the value g belongs to.
     """
     common = x.mean**2 + x.shared
     balanced = None if g.balanced is None else g.balanced * common
-    return Gradient(g.shared * common, g.shared * (x.fixed + x.local) + g.local * x.second, balanced)
+    shared, local = g.shared * common, g.shared * (x.fixed + x.local) + g.local * x.second
+    if g.aligned is not None and np.any(along):
+        extra = np.minimum(g.aligned * along * (x.fixed + x.local), local)
+        shared, local = shared + extra, local - extra
+    return Gradient(shared, local, balanced)
 
 
 def over_tokens(g: Gradient, x: Moments, among: Sequence[int] | None = None) -> Gradient:

@@ -7,6 +7,7 @@ write them, x * x): then `composition` gives the moments, and scales what goes b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +26,7 @@ from gradlint.transfer import (
     VjpRow,
     logarithmic,
     product,
+    ratio,
     row,
     summed,
 )
@@ -145,10 +147,12 @@ def arithmetic(
 
 def added(xs: Sequence[Moments]) -> Moments:
     """Independent terms: means and variances add. Masked entries (minus infinity) are left out."""
-    xs = [Moments(np.where(x.mean <= MASKED, 0.0, x.mean), *_unmasked(x)) for x in xs]
+    xs = [Moments(np.where(x.mean <= MASKED, 0.0, x.mean), *_unmasked(x), x.skew) for x in xs]
     total = xs[0]
     for x in xs[1:]:
-        total = Moments(total.mean + x.mean, total.fixed + x.fixed, total.shared + x.shared, total.local + x.local)
+        skews = [z.skew for z in (total, x) if z.skew is not None]
+        parts = (total.fixed + x.fixed, total.shared + x.shared, total.local + x.local)
+        total = Moments(total.mean + x.mean, *parts, sum(skews[1:], skews[0]) if skews else None)
     return total
 
 
@@ -157,7 +161,23 @@ def _unmasked(x: Moments) -> tuple[Array, Array, Array]:
 
 
 def _to_each(node: ir.Node, xs: Sequence[Moments], g: Gradient) -> Sequence[Gradient]:
-    return [g] * len(xs)
+    """g; what goes along with the sum goes along with a term as far as they are correlated.
+
+    Squared, that is the term's share of the variance. Where the sum is skewed, its upper half is that of the terms that
+    make it so.
+    """
+    whole = added(xs)
+    found = []
+    for x in xs:
+        d, share = g, ratio(x.var, whole.var)
+        if g.aligned is not None:
+            d = replace(d, aligned=g.aligned * share)
+        if g.upper is not None:
+            skew = None if whole.skew is None else x.skew if x.skew is not None else np.zeros(())
+            part = np.sqrt(share) if skew is None or whole.skew is None else np.clip(ratio(skew, whole.skew), 0, 1)
+            d = replace(d, upper=g.total + (g.upper - g.total) * part)
+        found.append(d)
+    return found
 
 
 def _sum_interval(node: ir.Node, xs: Sequence[Range]) -> Range:
@@ -235,6 +255,17 @@ def multiplied(a: Moments, b: Moments) -> Moments:
     return Moments(mean, fixed, shared, np.maximum(var - fixed - shared, 0.0))
 
 
+def _mul_back(node: ir.Node, xs: Sequence[Moments], g: Gradient) -> Sequence[Gradient]:
+    """g times the other factor. A gate is the same at every position, where x goes along with x * gate."""
+    found = []
+    local = multiplied(*xs).local
+    for x, other in (xs, xs[::-1]):
+        d = product(g, other, along=ratio(other.local * (x.mean**2 + x.shared), local))
+        aligned = None if g.aligned is None else g.aligned * ratio(x.local * (other.mean**2 + other.shared), local)
+        found.append(d if aligned is None else replace(d, aligned=aligned * (other.mean**2 + other.shared)))
+    return found
+
+
 def _mul_interval(node: ir.Node, xs: Sequence[Range]) -> Range:
     a, b = xs
     ends = np.stack(np.broadcast_arrays(a.lo * b.lo, a.lo * b.hi, a.hi * b.lo, a.hi * b.hi))
@@ -258,7 +289,7 @@ arithmetic(
     "Mul",
     lambda xs: (xs[0][0] * xs[1][0], xs[0][1] * xs[1][0] + xs[0][0] * xs[1][1]),
     lambda node, xs: multiplied(*xs),
-    lambda node, xs, g: (product(g, xs[1]), product(g, xs[0])),
+    _mul_back,
     _mul_interval,
     lambda node, xs, k: magnitude(xs[1 - k]),
     mul_vjp,

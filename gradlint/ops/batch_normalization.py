@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -226,8 +227,27 @@ def _standard(ctx: Context, node: ir.Node, x: Moments | None) -> tuple[Standardi
     mean, var = _channel(ctx, node, 3), _channel(ctx, node, 4)
     if mean is None or var is None:
         return None
-    rate = 1 / (var + eps)
+    x, rate = _as_recorded(node, x, mean, var), 1 / (var + eps)
     return Standardized(x.scaled(np.sqrt(rate), -mean * np.sqrt(rate)), rate), None
+
+
+_DISAGREEMENT = 4.0  # between a recorded and an estimated variance of the same data
+
+
+def _as_recorded(node: ir.Node, x: Moments, mean: Array, var: Array) -> Moments:
+    """Moments of x, by running statistics where these are records of it: mean and variance per channel are theirs.
+
+    They say nothing while no batch has been seen (0 and 1), or of other data (a model's own inputs are as assumed; a
+    variance several times larger or smaller is no error of the estimate).
+    """
+    source = node.inputs[0]
+    given = source is None or source.is_graph_input()
+    fresh = not mean.any() and bool((var == 1).all())
+    seen = float(np.mean(np.square(x.mean - mean) + x.var)) / max(float(np.mean(var)), 1e-300)
+    if fresh or x.var.min() <= 0 or given or not 1 / _DISAGREEMENT < seen < _DISAGREEMENT:
+        return x
+    scale = np.sqrt(np.maximum(var, 0) / x.var)
+    return x.scaled(scale, mean - x.mean * scale)
 
 
 def batch_normalization_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
@@ -269,6 +289,8 @@ def batch_normalization_pullback(
         return (None,) * len(node.inputs)
     s, over = found
     weighted = g.scaled(scale**2)
+    if weighted.upper is not None:
+        weighted = replace(weighted, upper=np.where(scale < 0, 2 * weighted.total - weighted.upper, weighted.upper))
     dx = weighted.scaled(s.rate) if over is None else project(weighted, s, over)
     small = tuple(n if k == 1 else 1 for k, n in enumerate(shape))
     y = node.outputs[0]
@@ -276,7 +298,7 @@ def batch_normalization_pullback(
     def per_channel(q: Gradient) -> Gradient:
         return summed(ctx, q, y, small, constant=True).map(lambda a: a.reshape(-1))
 
-    return (dx, per_channel(product(g, s.y)), per_channel(g), None, None)
+    return (dx, per_channel(product(g, s.y, along=1.0)), per_channel(g), None, None)
 
 
 def _gain(ctx: Context, node: ir.Node) -> tuple[Array, Array] | None:

@@ -207,7 +207,8 @@ def collapsed_gradient(g: Gradient) -> Gradient:
     if any(g.shared.shape[a] > 1 for a in axes):
         total = np.asarray(g.total.mean(axis=axes, keepdims=True))
         return Gradient(np.zeros_like(total), total)
-    return Gradient(g.shared, np.asarray(g.local.mean(axis=axes, keepdims=True)))
+    aligned = None if g.aligned is None else np.asarray(g.aligned.mean(axis=axes, keepdims=True))
+    return Gradient(g.shared, np.asarray(g.local.mean(axis=axes, keepdims=True)), aligned=aligned)
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,11 @@ def conv_pullback(
 
 
 def _weight(c: Case, x: Moments, g: Gradient) -> Gradient:
-    """Second moment of dW per row of W, (groups, rows), averaged over columns and taps."""
+    """Second moment of dW per row of W, (groups, rows), averaged over columns and taps.
+
+    What of g goes along with the output goes along with each of the F inputs of a row by w_j^2 var_j / var_y, 1 / F on
+    average.
+    """
     if c.transposed:  # rows are the input's channels, and positions those of the input
         n = c.backward.valid * math.prod(c.sizes)
         g = g.map(lambda a: a.mean(axis=1, keepdims=True))
@@ -303,7 +308,8 @@ def _weight(c: Case, x: Moments, g: Gradient) -> Gradient:
         n = c.forward.valid * math.prod(c.outs)
         mean = np.sqrt(np.square(x.mean).mean(axis=1, keepdims=True))
         x = Moments(mean, *(a.mean(axis=1, keepdims=True) for a in (x.fixed, x.shared, x.local)))
-    term = product(g, x)
+    fan_in = 1 if c.transposed else math.prod(c.w.shape[2:])
+    term = product(g, x, along=1 / fan_in)
     total = term.shared * float(np.mean(n**2)) + term.local * float(np.mean(n))
     return Gradient(np.zeros_like(total), total)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -20,7 +21,7 @@ from gradlint.ops.convolution import collapsed, collapsed_gradient
 from gradlint.ops.convolution_gradient import geometry
 from gradlint.ops.pooling import Windows, window_attributes, window_range, windows
 from gradlint.quadrature import above, density, pieces
-from gradlint.transfer import Context, apply_moments, row
+from gradlint.transfer import Context, apply_moments, ratio, row
 
 Values = Sequence[ir.Value | None]
 
@@ -89,7 +90,8 @@ def max_pullback(
 
     Two windows that overlap in m of M elements choose the same one with probability m / M; then a shared gradient adds
     coherently. Behind a Relu the chosen element is more often positive than others are, P(max > 0) / P(z > 0), which
-    the Relu's own row can't know: the factor is applied here.
+    the Relu's own row can't know: the factor is applied here. The chosen elements lie above the mean: what is the same
+    for every window goes along with the value.
     """
     x, g, w = xs[0], gs[0], windows(node)
     if g is None or w is None:
@@ -101,6 +103,10 @@ def max_pullback(
     if x is not None and _behind_relu(node):
         positive = 1 - above(_before_relu(collapsed(x))[1])
         back = back.scaled((1 - (1 - positive) ** w.count) / np.maximum(positive, 1e-12))
+    if x is not None and ys[0] is not None:
+        x = collapsed(x)
+        chosen = ratio(np.square(ys[0].mean - x.mean), x.var)
+        back = replace(back, aligned=np.minimum(g.shared * w.ratio**2 * chosen, back.total))
     return (back,)
 
 

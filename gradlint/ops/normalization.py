@@ -64,7 +64,7 @@ def last_pullback(
     s = standardize(x, over, attribute(node, "epsilon", 1e-5), centre=_centres(node))
     factor = gamma.astype(np.float64).reshape((1,) * (len(shape) - gamma.ndim) + gamma.shape)
     dx = project(weighted(g, factor, axes), s, over, centre=_centres(node))
-    dgamma = summed(ctx, product(g, s.y), y, gamma.shape, constant=True)
+    dgamma = summed(ctx, product(g, s.y, along=1.0), y, gamma.shape, constant=True)
     bias = dims(_bias(node))
     return (dx, dgamma, None if bias is None else summed(ctx, g, y, bias, constant=True))
 

@@ -179,14 +179,14 @@ def correction(ctx: Context, node: ir.Node, alone: Callable[[Gradient], Sequence
     if found is None:
         return None
     x = found.x
-    one = np.ones(x.mean.shape)
+    one = 0 * x.mean + 1
     with np.errstate(all="ignore"):
         wanted = spectrum(found.slope, x.mean, x.var, kinked=found.kinked, per_unit=found.per_unit).second
         arriving = _arriving(ctx, node, found.root, alone(Gradient(0 * one, one)))
     if arriving is None:
         return None
     total = arriving.total
-    ctx.corrections[node] = np.divide(wanted, total, out=np.ones(np.broadcast(wanted, total).shape), where=total > 0)
+    ctx.corrections[node] = np.where(total > 0, wanted / np.where(total > 0, total, 1.0), 1.0)
     return ctx.corrections[node]
 
 

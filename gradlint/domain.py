@@ -101,8 +101,9 @@ class Gradient:
         return self.shared + self.local
 
     def map(self, move: Callable[[Array], Array]) -> Gradient:
-        rest = (None if part is None else move(part) for part in (self.balanced, self.aligned, self.upper))
-        return Gradient(move(self.shared), move(self.local), *rest)
+        parts = (self.balanced, self.aligned, self.upper)
+        balanced, aligned, upper = (None if part is None else move(part) for part in parts)
+        return Gradient(move(self.shared), move(self.local), balanced, aligned, upper)
 
     def scaled(self, square: Array | float) -> Gradient:
         """The gradient times a factor whose square is `square`; one number keeps the balance."""
@@ -112,11 +113,15 @@ class Gradient:
 
     def __add__(self, other: Gradient) -> Gradient:
         """Where branches meet their gradients add; taken as uncorrelated, so second moments add."""
-        both = ((self.balanced, other.balanced), (self.aligned, other.aligned))
-        rest = (b if a is None else a if b is None else a + b for a, b in both)
+        balanced, aligned = _either(self.balanced, other.balanced), _either(self.aligned, other.aligned)
         halves = [g.total if g.upper is None else g.upper for g in (self, other)]
         upper = None if self.upper is None and other.upper is None else halves[0] + halves[1]
-        return Gradient(self.shared + other.shared, self.local + other.local, *rest, upper)
+        return Gradient(self.shared + other.shared, self.local + other.local, balanced, aligned, upper)
+
+
+def _either(a: Array | None, b: Array | None) -> Array | None:
+    """The sum of what is known."""
+    return b if a is None else a if b is None else a + b
 
 
 @dataclass(frozen=True, slots=True)

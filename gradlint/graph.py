@@ -195,13 +195,16 @@ def weight_uses(graph: ir.Graph) -> list[WeightUse]:
 
 
 def _known_as(value: ir.Value, node: ir.Node, index: int) -> str | list[str] | None:
-    """The parameter's name; for an embedding tied to another layer both names, since torch keeps only one."""
+    """The parameter's name; where modules share it, also what the one that uses it here calls it (torch keeps one name
+    of a tied embedding, or of a module that is registered under several)."""
     if (named := value.meta.get("parameter")) is not None:
         return str(named)
     named = parameter_name(node, index, value)
-    owner, leaf = module(node), str(named).rpartition(".")[2]
-    shared = {u.node for u in value.uses()} - {node}
-    if op(node) == "Gather" and isinstance(named, str) and owner and fx_node(node) and shared:
+    if not isinstance(named, str) or (owner := module(node)) is None or not fx_node(node):
+        return named
+    kept, _, leaf = named.rpartition(".")
+    users = {u.node for u in value.uses()} - {node}
+    if (op(node) == "Gather" and users) or (kept != owner and kept in {module(user) for user in users}):
         return list(dict.fromkeys([named, f"{owner}.{leaf}"]))
     return named
 

@@ -221,9 +221,9 @@ def third_moments(h: Piecewise, mean: Array, var: Array, skew: Array | None = No
     """
     (mean, var, *rest), wrap = entries(mean, var, *(() if skew is None else (skew,)))
     if not rest:
-        raw = _raw_moments(h, *np.broadcast_arrays(mean, np.sqrt(np.maximum(var, 1e-300))))
+        raw = _raw_moments(h, mean, np.sqrt(np.maximum(var, 1e-300)))
     else:
-        raw = _raw_moments(h, *np.broadcast_arrays(*_parts(mean, var, rest[0]))) @ _WEIGHTS
+        raw = _raw_moments(h, *_parts(mean, var, rest[0])) @ _WEIGHTS
     first, second, third = raw
     return wrap((first, np.maximum(second, first**2), third - 3 * first * second + 2 * first**3))
 
@@ -233,10 +233,10 @@ def halves(h: Piecewise, mean: Array, var: Array, skew: Array | None = None) -> 
     (mean, var, *rest), wrap = entries(mean, var, *(() if skew is None else (skew,)))
     if rest:
         centres, std = _parts(mean, var, rest[0])
-        second = _raw_moments(h, *np.broadcast_arrays(centres, std))[1]
+        second = _raw_moments(h, centres, std)[1]
         lower, upper = second[..., 0], 2 * (second[..., 1:] @ _WEIGHTS[1:])
     else:
-        mean, std = np.broadcast_arrays(mean, np.sqrt(np.maximum(var, 1e-300)))
+        std = np.sqrt(np.maximum(var, 1e-300))
         lower, upper = (_raw_moments(h, mean, std, *ends)[1] * 2 for ends in ((-38.0, 0.0), (0.0, 38.0)))
     return wrap((lower, upper))
 
@@ -251,6 +251,7 @@ def _parts(mean: Array, var: Array, skew: Array) -> tuple[Array, Array]:
 
 def _raw_moments(h: Piecewise, mean: Array, std: Array, lo: float = -38.0, hi: float = 38.0) -> Array:
     """E[h], E[h^2], E[h^3] over lo < u < hi, z = mean + std u: per piece h = A u + B on an interval of u."""
+    mean, std = np.broadcast_arrays(mean, std)
     edges = [np.full(mean.shape, lo), *(np.clip((c - mean) / std, lo, hi) for c in h.breaks), np.full(mean.shape, hi)]
     heights = [(phi, t * phi, (t**2 + 2) * phi) for t in edges for phi in [density(t)]]
     found = np.zeros((3, *mean.shape))

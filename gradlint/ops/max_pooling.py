@@ -53,11 +53,9 @@ def _behind_relu(node: ir.Node) -> bool:
 
 def _before_relu(x: Moments) -> tuple[Moments, Array]:
     """The normal z with max(z, 0) of mean and second moment as x, and its mean over its standard deviation."""
-    t = np.interp(
-        np.divide(x.mean**2, x.second, out=np.zeros_like(x.mean), where=x.second > 0), _FIRST**2 / _SECOND, _T
-    )
+    t = np.interp(ratio(x.mean**2, x.second), _FIRST**2 / _SECOND, _T)
     std = x.mean / np.interp(t, _T, _FIRST)
-    scale = np.divide(std**2, x.var, out=np.zeros_like(std), where=x.var > 0)
+    scale = ratio(std**2, x.var)
     return Moments(t * std, x.fixed * scale, x.shared * scale, x.local * scale), t
 
 

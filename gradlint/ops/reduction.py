@@ -17,7 +17,7 @@ from gradlint.backward import Backward
 from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import attribute, constant_array, dims
 from gradlint.ops.standardization import elements
-from gradlint.transfer import Context, Function, apply_moments, apply_pullback, row
+from gradlint.transfer import Context, Function, apply_moments, apply_pullback, ratio, row
 
 Values = Sequence[ir.Value | None]
 
@@ -177,7 +177,7 @@ def _log_moments(s: Moments, n: int) -> Moments | None:
         return None
     relative = s.var / s.mean**2
     var = np.log1p(relative)
-    shrink = np.divide(var, s.var, out=np.zeros_like(var), where=s.var > 0)
+    shrink = ratio(var, s.var)
     return Moments(np.log(s.mean) - var / 2, s.fixed * shrink, s.shared * shrink, s.local * shrink)
 
 

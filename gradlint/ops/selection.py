@@ -14,7 +14,7 @@ from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import dims, is_float
 from gradlint.ops.arithmetic import MASKED, Values, arithmetic, moments_row, pullback_row
 from gradlint.quadrature import above, density
-from gradlint.transfer import Context, row
+from gradlint.transfer import Context, ratio, row
 
 FAR = 1e100  # a mean beyond it is as good as infinite; its square is still a number
 
@@ -37,7 +37,7 @@ def _larger(a: Moments, b: Moments) -> tuple[Moments, Array]:
 
     def part(u: Array, v: Array) -> Array:
         mixed = u * p**2 + v * (1 - p) ** 2
-        return var * np.divide(mixed, whole, out=np.zeros(np.broadcast(mixed, whole).shape), where=whole > 0)
+        return var * ratio(mixed, whole)
 
     fixed, shared = part(a.fixed, b.fixed), part(a.shared, b.shared)
     return Moments(mean, fixed, shared, np.maximum(var - fixed - shared, 0.0)), p

@@ -100,6 +100,18 @@ def test_a_renamed_parameter_is_not_the_one_its_neighbour_reads_by_name() -> Non
     assert {(u.initializer, u.parameter) for u in weight_uses(graph)} == {("folded", "norm.alpha"), ("beta", "beta")}
 
 
+def test_a_parameter_of_one_module_under_several_names_has_them_all() -> None:
+    graph = text("h = MatMul(x, w) y = MatMul(h, w)", f"<float[4, 4] w = {{{', '.join(map(str, range(16)))}}}>")
+    (value,) = graph.initializers.values()
+    value.name = "mlp4.weight"
+    for k, node in enumerate(graph):
+        node.metadata_props["pkg.torch.onnx.fx_node"] = "%linear : (args = (%x, %p_mlp4_weight))"
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = f"['', 'mlp{3 + k}', 'linear']"
+    first, second = weight_uses(graph)
+    assert first.parameter == ["mlp4.weight", "mlp3.weight"]
+    assert second.parameter == "mlp4.weight"
+
+
 def test_modules_and_frames_come_from_the_exporter() -> None:
     graph = golden("attention")
     modules = {module(n) for n in graph}

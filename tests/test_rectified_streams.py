@@ -1,4 +1,4 @@
-"""Estimates beyond the normal approximation: rectified sums, gradients that go along with values, recorded statistics."""
+"""Estimates beyond the normal approximation: rectified sums, gradients that go along with values, records."""
 
 from pathlib import Path
 
@@ -85,8 +85,8 @@ def test_what_a_relu_lets_through_the_next_lets_through_more_often() -> None:
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["Relu", "Relu and MaxPool"])
 def test_a_gradient_alike_everywhere_goes_along_with_what_is_rectified(pooled: bool) -> None:
-    """Behind the average all positions get the same gradient, and where z is large more of it comes through: the scale's
-    gradient adds up over the positions."""
+    """Behind the average all positions get the same gradient, and where z is large more of it comes through: a
+    scale's gradient adds up over the positions."""
     rng = np.random.default_rng(0)
     ones, zeros = np.ones(CHANNELS), np.zeros(CHANNELS)
     weights = {"w": kernel(rng, 1.0, 3), "gamma": ones, "beta": zeros, "mean": zeros, "var": ones}

@@ -15,7 +15,7 @@ from gradlint.estimate import Estimate
 from gradlint.graph import MOVES, is_float, main_output, op
 from gradlint.probe import Probe
 from gradlint.results import Blame, Evidence
-from gradlint.trunk import blame, crossing, levels
+from gradlint.trunk import blame, completed, crossing, levels
 
 _Curve = Mapping[ir.Node, float]
 _CARRIERS = MOVES | {"Gather"}
@@ -61,7 +61,8 @@ class Flow:
                 values[n]: row for n, row in measured.values.items() if n in values and values[n] in estimate.varies
             }
             rows |= {n.outputs[0]: rows[main_output(n)] for n in parts.layers if main_output(n) in rows}
-            norms["measured"] = _carried(graph, {v: r["grad_norm"] for v, r in rows.items() if "grad_norm" in r})
+            known = _carried(graph, {v: r["grad_norm"] for v, r in rows.items() if "grad_norm" in r})
+            norms["measured"] = completed(graph, known, estimate.edges, norms["estimated"])
             signals["measured"] = _carried(graph, {v: r["signal"] for v, r in rows.items() if "signal" in r})
             stds["measured"] = _carried(graph, {v: r["output_std"] for v, r in rows.items() if "output_std" in r})
             spreads["measured"] = {

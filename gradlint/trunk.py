@@ -6,7 +6,7 @@ Plain graph walks over per-value figures; where the figures come from (estimate 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import overload
 
 import numpy as np
@@ -114,6 +114,18 @@ def _done(output: ir.Value, index: Mapping[ir.Node, int], now: ir.Node) -> bool:
     producer = output.producer()
     readers = [v.producer() for v in (producer.inputs if producer is not None else ()) if v is not None]
     return all(r is None or r not in index or index[r] > index[now] for r in readers)
+
+
+def completed(
+    graph: ir.Graph, norms: Figures, edges: Mapping[tuple[ir.Node, int], float], among: Collection[ir.Value]
+) -> dict[ir.Value, float]:
+    """Norms also of those of `among` that lie between known ones: by the estimated gains from what lies behind them."""
+    order, reached = list(graph), set(norms)
+    for node in order:
+        if not reached.isdisjoint(node.inputs):
+            reached.update(node.outputs)
+    logs = _filled(order, norms, edges)
+    return {v: 10.0**log for v, log in logs.items() if v in among and v in reached} | dict(norms)
 
 
 def _filled(

@@ -4,7 +4,7 @@ import math
 
 import onnx_ir as ir
 import pytest
-from builders import mlp
+from builders import _Graph, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -100,3 +100,18 @@ def test_blame_names_the_node_that_takes_the_gradient() -> None:
     norms = {values[1]: 1e-4, values[2]: 1.0, values[3]: 1.0}
     (part,) = blame(graph, norms, sent, 1.0, [values[1]])[values[1]]
     assert (part.node, part.decades) == ("n2", pytest.approx(-4.0))
+
+
+def test_a_skip_that_pools_carries_the_trunk_past_a_branch_that_starts_at_zero() -> None:
+    graph = _Graph(0)
+    stem = graph.node("Relu", [graph.conv("x", "stem", 3, 8, math.sqrt(2))], "stem.act")
+    branch = graph.batchnorm(graph.conv(stem, "branch", 8, 8, 1.0), "branch.bn", 8, gamma=0.0)
+    pooled = graph.node("AveragePool", [stem], "skip.pool", kernel_shape=[3, 3], pads=[1] * 4)
+    skip = graph.batchnorm(graph.conv(pooled, "skip", 8, 8, 1.0, size=1), "skip.bn", 8)
+    features = graph.node("Relu", [graph.node("Add", [branch, skip], "add")], "act")
+    flat = graph.node("Flatten", [graph.node("GlobalAveragePool", [features], "gap")], "flat")
+    value = graph.dense(flat, "head", graph.rng.standard_normal((4, 8)) / math.sqrt(8))
+    report = check(graph.model(["N", 3, 16, 16], value, ["N", 4]), mode="train")
+    assert report.summary.risk is not None
+    assert report.summary.risk < 0.1
+    assert "vanishing-gradient" not in {f.rule for f in report.findings}

@@ -292,7 +292,7 @@ def _model_facts(
 ) -> dict[str, Fact]:
     folded = folded_batchnorms(graph)
     unmodelled = Counter(op(n) for n in guess.unmodelled)
-    nodes = sum(1 for _ in graph)
+    nodes = sum(1 for _ in graph.all_nodes())
     facts: dict[str, Fact] = {
         "stage": stage,
         "stage_given": options.stage is not None,

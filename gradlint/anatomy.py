@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gradlint.graph import ACTIVATIONS, WeightUse, is_float, op, weight_uses
+from gradlint.subgraphs import subgraphs
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,10 @@ class Anatomy:
 
 
 def anatomy(graph: ir.Graph) -> Anatomy:
-    """Layers are the main graph's nodes with weights, and its activations on values that vary."""
+    """Layers are the main graph's nodes with weights, in their bodies too, and its activations on values that vary."""
     uses = tuple(u for u in weight_uses(graph))
     weighted = frozenset(u.layer for u in uses)
+    holders = {n for n in graph if any(inner in weighted for body in subgraphs(n) for inner in body.all_nodes())}
     activations = tuple(n for n in graph if op(n) in ACTIVATIONS and is_float(n.inputs[0]) and n not in weighted)
-    layers = tuple(n for n in graph if n in weighted or n in activations)
+    layers = tuple(n for n in graph if n in weighted or n in holders or n in activations)
     return Anatomy(graph, uses, layers, activations, weighted)

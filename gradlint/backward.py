@@ -30,7 +30,7 @@ class Backward:
     """Builds the backward part of a graph. Equal expressions are built once (rows may recompute what others did).
 
     needs: the values whose gradient is wanted or lies on the way to one. byproducts: gradients a row meets on the way,
-    by node and name (recurrent layers: "hidden", dL/dh at every step). prefix: starts the name of all that is built.
+    by node and name (recurrences: "arriving", "leaving"). prefix: starts the name of all that is built.
     cuts, tainted: where gradients stopped, and the values whose gradient is therefore not whole; reached: the nodes it
     went through. reverse: differentiates
     a subgraph (`gradlint.reverse.backward`); outer: the builder of the graph around, which keeps the constants.

@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 
 from gradlint.exceptions import DataError
 from gradlint.graph import FLOATS, dims, is_float, op
+from gradlint.iterations import settle_shapes
 
 # Sizes tried, in this order, for dimensions nobody gave: images, then sequences and the rest.
 _IMAGE_SIZES = (64, 32, 48, 96, 128, 224, 256, 320, 512)
@@ -180,9 +181,7 @@ def infer_shapes(model: ir.Model) -> bool:
     grouped = [n for n in model.graph.all_nodes() if op(n) == "GroupNormalization"]
     for node in grouped:
         node.op_type = "LayerNormalization"
-    ok = common.ShapeInferencePass(strict_mode=True)(model).modified
-    if not ok:
-        common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
+    ok = settle_shapes(model, lambda: _inferred(model))
     for node in grouped:
         node.op_type = "GroupNormalization"
     for value, shape in declared:
@@ -195,6 +194,14 @@ def infer_shapes(model: ir.Model) -> bool:
         for o in n.outputs
         if o.shape is not None
     )
+
+
+def _inferred(model: ir.Model) -> bool:
+    """One pass of inference; False where the sizes contradict each other."""
+    ok = common.ShapeInferencePass(strict_mode=True)(model).modified
+    if not ok:
+        common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
+    return ok
 
 
 def _guess_foreign(model: ir.Model) -> bool:

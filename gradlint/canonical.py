@@ -18,7 +18,9 @@ from gradlint.exceptions import ModelError
 from gradlint.expansion import expand
 from gradlint.fused import take_apart
 from gradlint.graph import mark_constants, trainable
+from gradlint.invariants import read_invariants_outside
 from gradlint.lifting import lift, resolve_auto_pad
+from gradlint.respelling import respell
 
 _SHAPE_LIKE = 64  # elements: more than any shape, pads or axes have
 _FOLD_LIMIT = 1 << 24  # elements of one folded result: beyond that the file is a bomb or folding saves nothing
@@ -37,6 +39,7 @@ def canonicalize(
         take_apart(graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveInitializersFromInputsPass()(model)
+    read_invariants_outside(model)
     _lift_weights(model)
     _lower_settings(model)
     mark_constants(model)
@@ -45,6 +48,7 @@ def canonicalize(
     kept = [v for n in model.graph for v in n.outputs if v.name in keep and v not in outputs]
     model.graph.outputs.extend(kept)  # no pass removes or renames an output
     infer_shapes(model)
+    respell(model)
     lift(model)
     if dims is not None:
         freeze(model.graph, dims.settings)

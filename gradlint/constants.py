@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
@@ -34,12 +34,15 @@ def _spread(graph: ir.Graph, varies: set[ir.Value]) -> None:
             _spread(body, varies)
 
 
-def evaluator(graph: ir.Graph, varies: set[ir.Value]) -> Callable[[ir.Value | None], np.ndarray | None]:
+def evaluator(
+    graph: ir.Graph, varies: set[ir.Value], given: Mapping[ir.Value, np.ndarray] | None = None
+) -> Callable[[ir.Value | None], np.ndarray | None]:
     """A function that gives the array of a constant value, or None where it varies or can't be computed.
 
-    Half-precision floats come as float32. Results of moderate size are kept for the next question.
+    Half-precision floats come as float32. Results of moderate size are kept for the next question. given: arrays taken
+    for values that do vary.
     """
-    kept: OrderedDict[ir.Value, np.ndarray] = OrderedDict()
+    kept: OrderedDict[ir.Value, np.ndarray] = OrderedDict(given or {})
 
     def array(value: ir.Value | None) -> np.ndarray | None:
         if value is None or value in varies:

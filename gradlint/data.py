@@ -20,7 +20,8 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from gradlint.exceptions import DataError
-from gradlint.graph import FLOATS, constant_array, dims, op
+from gradlint.graph import FLOATS, dims, op
+from gradlint.lookups import id_limit
 
 Arrays = dict[str, np.ndarray]
 _CLIP = 6.0  # standard deviations: the declared range of synthetic floats
@@ -190,6 +191,8 @@ def _draw(value: ir.Value, name: str, shape: tuple[int, ...], rng: np.random.Gen
             return np.zeros(shape, np.float32)
         if "mask" in name.lower():
             return np.ones(shape, np.float32)
+        if (ids := id_limit(value)) is not None:
+            return _ids(ids, shape, rng).astype(np.float32)
         if len(shape) == 4 and min(shape[2:]) >= 8 and shape[1] <= 16:
             return _image(shape, rng)
         return np.clip(rng.standard_normal(shape), -_CLIP, _CLIP).astype(np.float32)
@@ -197,15 +200,17 @@ def _draw(value: ir.Value, name: str, shape: tuple[int, ...], rng: np.random.Gen
         return np.ones(shape, kind)
     if _RATE.search(name):
         return np.full(shape, 16000, kind)
-    rows = _table_rows(value)
-    if rows is not None:
-        low = min(2, rows - 1)  # 0 and 1 are often padding
-        return rng.integers(low, rows, shape).astype(kind)
+    if (ids := id_limit(value)) is not None:
+        return _ids(ids, shape, rng).astype(kind)
     if "position" in name.lower() and len(shape) >= 1:
         return np.broadcast_to(np.arange(shape[-1]), shape).astype(kind)
     if "len" in name.lower() and len(shape) <= 1:
         return np.full(shape, _longest(value), kind)
     return np.zeros(shape, kind) if "type" in name.lower() else np.ones(shape, kind)
+
+
+def _ids(count: int, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(min(2, count - 1), count, shape)  # 0 and 1 are often padding
 
 
 def _image(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -222,35 +227,6 @@ def _image(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
 
 def _feeds_state(value: ir.Value) -> bool:
     return any(op(u.node) in ("LSTM", "GRU", "RNN") and u.idx >= 5 for u in value.uses())
-
-
-_MOVED = ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Slice", "Flatten", "Expand")
-
-
-def _table_rows(value: ir.Value) -> int | None:
-    """Rows of the smallest table that a value (or what is moved or retyped from it) indexes, and of its one-hot
-    code."""
-    rows: list[int] = []
-    pending, seen = [value], {value}
-    while pending:
-        for use in pending.pop().uses():
-            node = use.node
-            if op(node) in ("Gather", "GatherElements") and use.idx == 1:
-                shape = dims(node.inputs[0])
-                axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-                if shape is not None:
-                    rows.append(shape[axis])
-            elif op(node) == "OneHot" and use.idx == 0:
-                depth = node.inputs[1].const_value if node.inputs[1] is not None else None
-                rows.append(int(depth.numpy().item()) if depth is not None else 2)
-            elif op(node) == "Equal" and (classes := constant_array(node.inputs[1 - use.idx])) is not None:
-                if classes.size > 1 and np.ptp(classes) > 0:  # one-hot, written out
-                    rows.append(int(classes.max()) + 1)
-            elif op(node) in _MOVED:
-                fresh = [o for o in node.outputs if o not in seen]
-                seen.update(fresh)
-                pending.extend(fresh)
-    return min(rows) if rows else None
 
 
 def _longest(value: ir.Value) -> int:

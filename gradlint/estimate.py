@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 import gradlint.ops  # noqa: F401  (fills the tables)
 from gradlint.constants import evaluator, varying
-from gradlint.domain import Gradient, Moments, Range
+from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import dims, is_float, op
 from gradlint.load import release
 from gradlint.subgraphs import captured
@@ -33,7 +33,8 @@ class Estimate:
     """What the file alone tells.
 
     moments, gradients: per value; edges: what each (node, input) sends back, as a squared norm per example; unmodelled:
-    nodes whose operator has no row, behind: nodes whose estimate rests on one.
+    nodes whose operator has no row, behind: nodes whose estimate rests on one; profiles: norms of the gradient of the
+    states of a Loop or Scan before each step, and behind it.
     """
 
     batch: int
@@ -43,6 +44,7 @@ class Estimate:
     unmodelled: tuple[ir.Node, ...] = ()
     behind: frozenset[ir.Node] = frozenset()
     varies: frozenset[ir.Value] = frozenset()
+    profiles: Mapping[ir.Node, Array] = field(default_factory=dict)
 
     def elements(self, value: ir.Value) -> float:
         """Elements per example (of a constant: all)."""
@@ -112,7 +114,8 @@ def estimate(
             gradients[output] = Gradient(0 * one, one)
     edges = _backward(ctx, graph, moments, gradients)
     kept = {v: x for v, x in moments.items() if v in varies or x.mean.size <= _FEW}
-    return Estimate(batch, kept, gradients, edges, tuple(dict.fromkeys(unmodelled)), frozenset(behind), varies)
+    told = (tuple(dict.fromkeys(unmodelled)), frozenset(behind))
+    return Estimate(batch, kept, gradients, edges, *told, varies, ctx.profiles)
 
 
 def _known(ctx: Context, moments: dict[ir.Value, Moments], value: ir.Value | None) -> Moments | None:

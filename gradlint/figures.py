@@ -30,8 +30,8 @@ def statistics(
     for (kind, name), total in sums.items():
         if kind == "seed":
             cotangent += factor * float(total)
-        elif kind == "steps":
-            steps[name] = np.sqrt(factor * total)
+        elif kind == "leaving":
+            steps[name] = over_time(np.sqrt(factor * total), np.sqrt(factor * sums["arriving", name]))
         elif kind == "grad":
             shape = dims(values[name]) or ()
             each = math.prod(shape) / (batch if batch_axis(shape, batch) is not None else 1)
@@ -120,3 +120,22 @@ def _weight(
         "grad_mean_abs": float(sums["wabs", name]) / max(1, size),
         "zero_share": 1 - float(sums["nonzero", name]) / taps.samples[name],
     }
+
+
+def over_time(leaving: np.ndarray, arriving: np.ndarray) -> np.ndarray:
+    """What is left, before each step and behind the last, of the gradient that arrives at a recurrence's last state.
+
+    leaving, arriving: its norm before and behind each step (T). What arrives at a step from elsewhere (a loss on all
+    steps, the layer above) is no work of the recurrence: the gains of the steps are multiplied up instead. A step that
+    nothing arrives at changes nothing.
+    """
+    reached = np.flatnonzero(arriving > 0)
+    if reached.size == 0:
+        return np.zeros(len(leaving) + 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gains = np.log(leaving.astype(np.float64)) - np.log(arriving.astype(np.float64))
+    gains[reached[-1] + 1 :] = 0.0
+    gains[: reached[0]] = -np.inf
+    gains = np.where(np.isnan(gains), np.inf, gains)
+    left = np.cumsum(np.append(gains, np.log(arriving[reached[-1]]))[::-1])[::-1]
+    return np.asarray(np.exp(left))

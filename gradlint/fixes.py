@@ -69,6 +69,8 @@ def _applies(name: str, subject: Subject) -> bool:
         present = _replaceable(subject)
         known = facts.get("activation") or facts.get("next_activation")
         return present != _ACTIVATIONS[name] and (present is not None or known is None)
+    if name in ("sigmoid-head", "straight-through"):
+        return ("Softmax" in str(facts.get("blocking_ops"))) == (name == "sigmoid-head")
     if name == "layer-wise-rate":
         return facts.get("optimizer") != "adam"  # which has one per weight
     if name in ("batch-norm", "layer-norm"):

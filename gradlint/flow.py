@@ -89,7 +89,7 @@ class Flow:
             head = decades(_last_features(shown, level), last)
             head_growth[kind] = head if 0 < head < math.inf else 0.0
             falls[kind] = {}
-            top = 0.0
+            top = 0.0 if any(shown.values()) else cotangents[kind]  # nothing arrives at all: that is lost in the head
             for node, figure in shown.items():  # against the largest between here and the outputs
                 top = max(top, figure)
                 falls[kind][node] = decades(figure, top)

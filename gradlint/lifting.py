@@ -92,6 +92,13 @@ def _slice(node: ir.Node, version: int) -> None:
     _to_input("starts", "ends", "axes")(node, version)
 
 
+def _split(node: ir.Node, version: int) -> None:
+    """Before opset 18 equal parts are as many as there are outputs; from then on a number says so."""
+    _to_input("split")(node, version)
+    if len(node.inputs) < 2 or node.inputs[1] is None:
+        node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
+
+
 def _softmax(node: ir.Node, version: int) -> None:
     """Before opset 13 softmax flattens to two dimensions at `axis` (default 1) and normalises over the second."""
     x, graph = node.inputs[0], node.graph
@@ -199,7 +206,7 @@ _LIFTS: dict[str, tuple[int, Callable[[ir.Node, int], None]]] = {
             "ReduceLogSumExp", "ReduceSumSquare",
         )
     },
-    "Split": (13, _to_input("split")),
+    "Split": (18, _split),
     "Slice": (10, _slice),
     "Clip": (11, _float_inputs("min", "max")),
     "Pad": (11, _pad),

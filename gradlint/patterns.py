@@ -206,7 +206,9 @@ def _deviation(value: ir.Value | None) -> bool:
         node = value.producer() if value is not None else None
         if node is None:
             return False
-        if op(node) == "ReduceL2" or (seen_root and op(node) in ("ReduceMean", "ReduceSum", "ReduceSumSquare")):
+        if op(node) == "ReduceL2" or (
+            seen_root and op(node) in ("ReduceMean", "ReduceSum", "ReduceSumSquare", "GlobalAveragePool")
+        ):
             return True
         if op(node) in ("Sqrt", "Pow"):
             seen_root = True

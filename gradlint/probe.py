@@ -150,9 +150,7 @@ def probe(
         if node is not None and op(node) in ELEMENTWISE and is_float(node.inputs[0]):
             tap_activation(taps, name, node, request.units.get(name, 1))
     for (node, kind), value in b.byproducts.items():
-        if kind == "hidden":
-            axes = list(range(1, len(value.shape) if value.shape is not None else 4))  # (T, D, B, H)
-            taps.add("steps", str(node.name), b.op("ReduceSumSquare", value, b.constant(axes), keepdims=0))
+        taps.add(kind, str(node.name), value)
     for name, logits in request.attentions.items():
         if name in values and logits in values:
             tap_attention(taps, name, values[name], values[logits])

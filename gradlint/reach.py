@@ -12,7 +12,7 @@ import gradlint.ops  # noqa: F401  (fills BLOCKED)
 from gradlint.anatomy import Anatomy
 from gradlint.attention_facts import Attention
 from gradlint.fact_table import Fact, Subject
-from gradlint.graph import MOVES, PRODUCTS, WeightUse, constant_array, dims, is_float, op, trainable
+from gradlint.graph import MOVES, PRODUCTS, WeightUse, attribute, constant_array, dims, is_float, op, trainable
 from gradlint.patterns import array_behind, onward, rescaled
 from gradlint.structure import KERNEL_OPS, Bypasses
 from gradlint.subgraphs import subgraphs
@@ -165,8 +165,10 @@ def _only_key(value: ir.Value, attentions: Sequence[Attention]) -> bool:
 
 
 def _is_blocked(node: ir.Node) -> bool:
-    """No gradient passes: an operator without one, or one that gives no floats (comparison, cast to integers,
-    indices)."""
+    """No gradient passes: an operator without one, one that gives no floats (comparison, cast to integers, indices), or
+    a softmax over one unit, which is 1 whatever it reads."""
+    if op(node) in ("Softmax", "LogSoftmax") and (shape := dims(node.outputs[0])):
+        return shape[attribute(node, "axis", -1)] == 1
     return op(node) in BLOCKED or not any(is_float(o) for o in node.outputs)
 
 

@@ -7,7 +7,7 @@ Estimated and measured: from the gradient's norm at each step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +16,17 @@ import onnx_ir as ir
 from gradlint.anatomy import Anatomy
 from gradlint.fact_table import Fact, Subject
 from gradlint.graph import attribute, constant_array, dims, is_float, leads_to, module, op, source
+from gradlint.iteration_facts import iteration_facts, spectral_radius
 from gradlint.ops.linear import operator_norm
 from gradlint.patterns import compositions, normalisations
 from gradlint.results import Evidence
 from gradlint.structure import next_activation
+from gradlint.subgraphs import captured
 
 CELLS = ("RNN", "LSTM", "GRU")
 _SLOPES = {"Tanh": 1.0, "Relu": 1.0, "Sigmoid": 0.25, "HardSigmoid": 0.2, "Softsign": 1.0, "Softplus": 1.0}
 _UNKNOWN_LENGTH = 100  # steps assumed where the model doesn't say
 _LEAST_UNROLLED = 4
-_LARGEST = 1024  # units up to which a spectral radius is computed
 
 Array = Callable[[ir.Value | None], np.ndarray | None]
 Profiles = Mapping[Evidence, Mapping[str, np.ndarray]]
@@ -47,18 +48,25 @@ def recurrent_subjects(
     norms: Mapping[Evidence, Mapping[str, float]],
     assumed: frozenset[str] = frozenset(),
 ) -> list[Subject]:
-    """One subject per recurrent operator and per unrolled chain, in graph order.
+    """One subject per recurrent operator, recurrence in a Loop or Scan, and unrolled chain, in graph order.
 
     array: constants by value. profiles: |dL/dh_t| over steps (the first step first) by operator name; norms: gradient
     norms by value name, for unrolled chains. assumed: graph inputs whose length was not given (see `unknown_lengths`).
     """
     order = {n: k for k, n in enumerate(parts.graph)}
     subjects = []
+
+    def curves_of(node: ir.Node) -> dict[Evidence, np.ndarray]:
+        return {kind: found[str(node.name)] for kind, found in profiles.items() if str(node.name) in found}
+
     for node in parts.graph:
         if op(node) in CELLS:
-            facts = _operator_facts(node, array, _depends(node, assumed))
-            curves = {kind: found[str(node.name)] for kind, found in profiles.items() if str(node.name) in found}
-            subjects.append(_subject(node, order[node], facts, curves, _reads_last_only(node)))
+            facts = _operator_facts(node, array, _depends([node.inputs[0]], assumed))
+            subjects.append(_subject(node, order[node], facts, curves_of(node), _reads_last_only(node)))
+        elif op(node) in ("Loop", "Scan") and (found := iteration_facts(node, parts.weighted, array)) is not None:
+            if _depends([*node.inputs, *captured(node)], assumed):
+                found |= {"steps": _UNKNOWN_LENGTH, "steps_assumed": True}
+            subjects.append(_subject(node, order[node], found, curves_of(node), False))
     for chain in unrolled(parts):
         facts = _unrolled_facts(chain, parts, array)
         curves = {}
@@ -134,9 +142,9 @@ def _time_first(value: ir.Value) -> bool:
     return any(op(u.node) in CELLS and u.idx == 0 and not attribute(u.node, "layout", 0) for u in value.uses())
 
 
-def _depends(node: ir.Node, names: frozenset[str]) -> bool:
-    """Does the sequence a node reads come from one of the graph inputs in `names`?"""
-    pending, seen = [node.inputs[0]], set()
+def _depends(reads: Sequence[ir.Value | None], names: frozenset[str]) -> bool:
+    """Does what a node reads come from one of the graph inputs in `names`?"""
+    pending, seen = list(reads), set()
     while pending:
         value = pending.pop()
         if value is None or value in seen:
@@ -254,21 +262,6 @@ def _proved_decades(facts: Mapping[str, Fact]) -> float | None:
         return -math.inf
     bound = (steps - 1) * math.log10(norm * slope)
     return bound if bound < 0 else None
-
-
-def spectral_radius(matrix: np.ndarray) -> float | None:
-    """Gelfand's formula, |R^n|^(1/n) for n = 2^12, with powers rescaled as they are squared."""
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) > _LARGEST:
-        return None
-    power, log, doublings = matrix.astype(np.float64), 0.0, 12
-    for _ in range(doublings):
-        size = float(np.linalg.norm(power))
-        if size == 0:
-            return 0.0
-        power, log = power / size, log + math.log(size)
-        power, log = power @ power, 2 * log
-    size = float(np.linalg.norm(power))
-    return math.exp((log + math.log(size)) / 2**doublings) if size > 0 else 0.0
 
 
 # -- chains ------------------------------------------------------------------------------------------------------------

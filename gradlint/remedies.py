@@ -53,6 +53,12 @@ REMEDIES: dict[str, Remedy] = {
         "nn.CrossEntropyLoss()(logits, target)",
         "losses.SparseCategoricalCrossentropy(from_logits=True)",
     ),
+    "sigmoid-head": Remedy(
+        "other",
+        "Replace the softmax over a single unit, which is 1 for every input, by a sigmoid; or give it a unit per class",
+        "nn.BCEWithLogitsLoss()(logits, target)",
+        "layers.Dense(1, activation='sigmoid')",
+    ),
     "widen-range": Remedy(
         "activation",
         "Widen the range of the {activation} at {layer}, or replace it by an unbounded one",

@@ -175,7 +175,7 @@ def _finished(got: Mapping[tuple[str, str], np.ndarray]) -> dict[tuple[str, str]
 
 
 # How a tap grows with the cotangent: squares by its square.
-_DEGREE = {"grad": 2, "wgrad": 2, "wabs": 1, "steps": 2, "seed": 2, "shift": 1, "whole": 1}
+_DEGREE = {"grad": 2, "wgrad": 2, "wabs": 1, "arriving": 2, "leaving": 2, "seed": 2, "shift": 1, "whole": 1}
 
 
 def _held(array: np.ndarray) -> bool:

@@ -11,8 +11,10 @@ from gradlint.graph import WeightUse, constant_array, dims
 from gradlint.init_fit import looks_drawn
 from gradlint.load import release
 from gradlint.options import Stage
+from gradlint.weight_facts import role
 
 _MOST, _HALF = 0.8, 0.5
+_FILLS = 2  # numbers that a fresh bias may hold: of an LSTM the forget gate's differs
 
 
 def guess_stage(uses: Sequence[WeightUse]) -> Stage:
@@ -20,10 +22,11 @@ def guess_stage(uses: Sequence[WeightUse]) -> Stage:
 
     Where only most do, scales of one and biases of zero throughout settle it. Models too small to tell count as `init`.
     """
-    values = {use.value for use in uses}
-    judged = [d for v in values if len(dims(v) or ()) >= 2 and (d := _drawn(v)) is not None]
+    values = {use.value: use for use in uses}
+    kernels = [v for v, use in values.items() if len(dims(v) or ()) >= 2 and role(use) != "bias"]
+    judged = [d for v in kernels if (d := _drawn(v)) is not None]
     share = sum(judged) / len(judged) if judged else 1.0
-    fresh = share >= _MOST or (share >= _HALF and _untouched(values))
+    fresh = share >= _MOST or (share >= _HALF and _untouched(v for v in values if v not in kernels))
     return "init" if fresh else "trained"
 
 
@@ -35,6 +38,8 @@ def _drawn(value: ir.Value) -> bool | None:
 
 
 def _untouched(values: Iterable[ir.Value]) -> bool:
-    """Are all vectors (scales, biases) constant: one, zero, or whatever they were filled with?"""
-    vectors = [constant_array(v) for v in values if len(dims(v) or ()) == 1]
-    return bool(vectors) and all(a is not None and bool(np.all(a == a[0])) for a in vectors if a is not None and a.size)
+    """Are all scales and biases constant: one, zero, or whatever they were filled with (a recurrent one per gate)? True
+    where there are none, since exporters drop biases of zero.
+    """
+    arrays = [a for v in values if (a := constant_array(v)) is not None and a.size]
+    return all(len(np.unique(a)) <= _FILLS for a in arrays)

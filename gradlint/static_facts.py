@@ -13,8 +13,9 @@ from gradlint.anatomy import Anatomy
 from gradlint.attention_facts import attention_subjects, attentions
 from gradlint.estimate import Estimate, context
 from gradlint.fact_table import Fact, Subject
+from gradlint.figures import over_time
 from gradlint.graph import attribute, constant_array, dims, main_output, op, source
-from gradlint.ops.recurrent import time_profile
+from gradlint.ops.recurrent import step_norms
 from gradlint.patterns import array_behind, compositions, normalisations
 from gradlint.reach import Zeros, blocked, reaching_layers, structural_zeros
 from gradlint.recurrent_facts import CELLS, Profiles, recurrent_subjects
@@ -81,14 +82,14 @@ def static_facts(
 
 
 def _profiles(ctx: Context, graph: ir.Graph, estimate: Estimate) -> dict[str, np.ndarray]:
-    """The estimated |dL/dh_t| of every recurrent operator."""
-    found = {}
+    """The estimated |dL/dh_t| of every recurrent operator, and of the states of every Loop and Scan."""
+    found = {str(node.name): over_time(*norms) for node, norms in estimate.profiles.items()}
     for node in graph:
         if op(node) in CELLS:
             xs = [None if v is None else estimate.moments.get(v) for v in node.inputs]
-            curve = time_profile(ctx, node, xs, [estimate.gradients.get(o) for o in node.outputs])
-            if curve is not None:
-                found[str(node.name)] = curve
+            norms = step_norms(ctx, node, xs, [estimate.gradients.get(o) for o in node.outputs])
+            if norms is not None:
+                found[str(node.name)] = over_time(*norms)
     return found
 
 
@@ -192,9 +193,10 @@ def _residual_subjects(
         for n in own
         if "output_std" in (row := measured.get(str(n.outputs[0].name), {})) and np.isfinite(row["output_std"])
     }
-    first = next((v for n, v in spreads.items() if layers[n]["residual_index"] == 1 and v > 0), None)
-    subjects = []
+    first, subjects = None, []
     for node in own:
+        if layers[node]["residual_index"] == 1 and spreads.get(node, 0) > 0:
+            first = spreads[node]
         shape = dims(node.outputs[0]) or ()
         facts: dict[str, Fact] = {"op_type": op(node), "width": shape[1] if len(shape) >= 4 else (shape or (None,))[-1]}
         facts |= layers[node]

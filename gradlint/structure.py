@@ -30,6 +30,7 @@ KERNEL_OPS = PRODUCTS | {"LSTM", "GRU", "RNN"}
 _SLOPES = {"Silu": 1.0998, "Gelu": 1.1290, "Mish": 1.0885, "HardSwish": 1.5, "Softsign": 1.0}  # sup |f'|
 _SIMPLE = frozenset({"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish",
                      "Softplus", "Softsign", "Gelu", "Mish", "Swish", "Softmax", "LogSoftmax"})  # fmt: skip
+_MEANS = frozenset({"ReduceMean", "GlobalAveragePool"})
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum"})
 
 
@@ -117,7 +118,8 @@ def _bits(number: int) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class _Chain:
-    """What lies on the way to a value since the last skip; `residual` and `post_norm` count from the input on."""
+    """What lies on the way to a value since the last skip; `post_norm` counts from the input on, `residual` from the
+    last normalisation of the whole stream."""
 
     layers: int = 0
     sigmoids: int = 0
@@ -170,7 +172,9 @@ def _chains(
         if node in around.joins:
             chain = _Chain(residual=chain.residual + (op(node) != "Concat"), post_norm=chain.post_norm)
         if node in norms:
-            chain = replace(chain, sigmoids=0, narrow=0.0, post_norm=chain.post_norm + _is_post_norm(node, around))
+            chain = replace(chain, sigmoids=0, narrow=0.0)
+            if _is_post_norm(node, around):  # the stream starts anew
+                chain = replace(chain, residual=0, post_norm=chain.post_norm + 1)
         if node not in around.bypassed:
             chain = replace(
                 chain,
@@ -236,8 +240,12 @@ def _is_post_norm(node: ir.Node, around: Bypasses) -> bool:
     if op(node).startswith("com.microsoft:Skip"):
         return node in around.joins and len(node.outputs) < 4
     value = behind(node.inputs[0])
-    join = value.producer() if value is not None else None
-    return join in around.joins and op(join) != "Concat" and len({n for n, _ in onward(value)}) == 1  # type: ignore[arg-type]
+    centred = value.producer() if value is not None else None
+    if centred is not None and op(centred) == "Sub":  # written out: the mean is a second reader
+        value = behind(centred.inputs[0])
+    if value is None or value.producer() not in around.joins or op(value.producer()) == "Concat":  # type: ignore[arg-type]
+        return False
+    return len({n for n, _ in onward(value) if op(n) not in _MEANS}) == 1
 
 
 def _width(node: ir.Node, estimate: Estimate) -> float:
@@ -263,10 +271,15 @@ def unit_axis(value: ir.Value, estimate: Estimate) -> int:
 def _residual_growth(
     residuals: list[ir.Node], chains: Mapping[ir.Node, _Chain], estimate: Estimate
 ) -> dict[ir.Node, float]:
-    """Variance behind each residual addition / behind the first, estimated."""
-    variances = {n: v for n in residuals if (v := _variance(estimate, n.outputs[0])) is not None}
-    first = next((v for n, v in variances.items() if chains[n].residual == 1), None)
-    return {n: v / first for n, v in variances.items()} if first else {}
+    """Variance behind each residual addition / behind the first of its stream, estimated."""
+    first, found = None, {}
+    for node in residuals:
+        variance = _variance(estimate, node.outputs[0])
+        if variance is not None and chains[node].residual == 1:
+            first = variance
+        if variance is not None and first:
+            found[node] = variance / first
+    return found
 
 
 def _variance(estimate: Estimate, value: ir.Value) -> float | None:

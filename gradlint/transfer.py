@@ -35,7 +35,8 @@ class Context:
 
     moments: what the forward sweep has found so far; corrections: kept by `composition` for nodes already looked at.
     For nodes with bodies: forward(body) finds the moments inside from those of the body's inputs; backward(body, seeds)
-    the gradients of what the body computes and reads; what it reads from outside gets its own added to `gradients`.
+    the gradients of what the body computes and reads; what it reads from outside gets its own added to `gradients`;
+    profiles: norms of the gradient of a Loop's or Scan's states before each step, and behind it.
     """
 
     batch: int
@@ -45,6 +46,7 @@ class Context:
     moments: dict[ir.Value, Moments] = field(default_factory=dict)
     corrections: dict[ir.Node, Array | None] = field(default_factory=dict)
     gradients: dict[ir.Value, Gradient] = field(default_factory=dict)
+    profiles: dict[ir.Node, Array] = field(default_factory=dict)
     forward: Callable[[ir.Graph], None] | None = None
     backward: Callable[[ir.Graph, Mapping[ir.Value, Gradient]], dict[ir.Value, Gradient]] | None = None
 

@@ -13,6 +13,7 @@ from gradlint.canonical import canonicalize
 from gradlint.exceptions import DataError
 from gradlint.graph import dims
 from gradlint.load import from_proto
+from gradlint.patterns import normalisations
 from gradlint.testing import session
 
 RNG = np.random.default_rng(3)
@@ -186,3 +187,49 @@ def test_sizes_are_found_that_the_graph_accepts() -> None:
             a = AveragePool<kernel_shape = [64, 32], strides = [64, 32]>(x)  y = Reshape(a, s) }}"""
     )
     assert dims(canonical(model, Dims(batch=2)).graph.outputs[0]) == (2, 6)
+
+
+def rewritten(text: str, **feeds: np.ndarray) -> ir.Graph:
+    """The canonical graph of a model in ONNX text, once it has been seen to compute the same."""
+    proto = onnx.parser.parse_model(text)
+    loaded = canonical(proto, Dims(batch=2))
+    for expected, got in zip(
+        session(proto).run(None, feeds), session(ir.to_proto(loaded)).run(None, feeds), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    return loaded.graph
+
+
+def test_equal_parts_of_a_split_are_counted() -> None:
+    text = '<ir_version: 8, opset_import: ["": 13]> g (float[N, 6] x) => (float[N, 2] a, float[N, 2] b, float[N, 2] c)'
+    graph = rewritten(f"{text} {{ a, b, c = Split<axis = 1>(x) }}", x=X.reshape(-1, 6)[:2])
+    assert [dims(o) for o in graph.node(0).outputs] == [(2, 2)] * 3
+
+
+@pytest.mark.parametrize("sides", ["p, q", "q, p"])
+def test_a_selection_spelled_with_products_is_one(sides: str) -> None:
+    graph = rewritten(
+        f"""<ir_version: 8, opset_import: ["": 13]> g (bool[N, 1] m, float[N, 6] x, float[N, 6] z) => (float[N, 6] y)
+        {{ no = Not(m) on = Cast<to = 1>(m) off = Cast<to = 1>(no)
+           p = Mul(on, x) q = Mul(z, off) y = Add({sides}) }}""",
+        m=np.array([[True], [False]]),
+        x=X.reshape(-1, 6)[:2],
+        z=X.reshape(-1, 6)[2:4],
+    )
+    assert [n.op_type for n in graph] == ["Where"]
+
+
+@pytest.mark.parametrize(
+    "shift", ["n = Neg(m) c = Mul(n, s) t = Add(c, beta)", "c = Mul(m, s) t = Sub(beta, c)"], ids=["neg", "sub"]
+)
+def test_a_normalisation_begins_with_what_it_subtracts(shift: str) -> None:
+    """As Keras writes it: x s + (beta - mean s), where s = gamma / sqrt(var + eps)."""
+    graph = rewritten(
+        f"""<ir_version: 8, opset_import: ["": 13]> g (float[N, 6] x) => (float[N, 6] y)
+        <float[6] gamma = {{1, 2, 1, 2, 1, 2}}, float[6] beta = {{0, 1, 0, 1, 0, 1}}, float[1] eps = {{0.001}}>
+        {{ m = ReduceMean<axes = [1]>(x) d = Sub(x, m) dd = Mul(d, d) v = ReduceMean<axes = [1]>(dd) ve = Add(v, eps)
+           root = Sqrt(ve) r = Reciprocal(root) s = Mul(r, gamma) xs = Mul(x, s) {shift} y = Add(xs, t) }}""",
+        x=X.reshape(-1, 6)[:2],
+    )
+    assert [n.op_type for n in graph][-3:] == ["Mul", "Mul", "Add"]
+    assert len(normalisations(graph)) == 1

@@ -208,6 +208,35 @@ def test_a_one_hot_code_written_out_bounds_its_ids() -> None:
     assert set(synthetic(graph, 0, {})["ids"].reshape(-1)) == {2, 3, 4, 5, 6}
 
 
+TABLE = "float[5, 2] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 0}"
+
+
+@pytest.mark.parametrize(
+    ("body", "constants", "limit"),
+    [
+        ("n = Less(x, zero) m = Add(x, rows) i = Where(n, m, x)", "int64 zero = {0}, int64 rows = {5}", 5),  # wrapped
+        ("i = Add(x, offset)", "int64[3] offset = {0, 1, 3}", 2),  # a part of the table per column
+        ("i = Clip(x, zero, four)", "int64 zero = {0}, int64 four = {4}", 5),
+    ],
+)
+def test_ids_stay_inside_the_table_whatever_is_computed_from_them(body: str, constants: str, limit: int) -> None:
+    graph = graph_of("(int64[N, 3] x) => (float[N, 3, 2] y)", f"{body} y = Gather(w, i)", f"<{TABLE}, {constants}>")
+    ids = [synthetic(graph, seed, {})["x"] for seed in range(20)]
+    assert min(i.min() for i in ids) >= 0
+    assert max(i.max() for i in ids) == limit - 1
+
+
+def test_floats_that_are_only_cast_to_ids_are_drawn_as_ids() -> None:
+    graph = graph_of("(float[N, 50] x) => (float[N, 50, 2] y)", "i = Cast<to = 6>(x) y = Gather(w, i)", f"<{TABLE}>")
+    assert set(synthetic(graph, 0, {})["x"].reshape(-1)) == {2.0, 3.0, 4.0}
+    both = graph_of(
+        "(float[N, 50] x) => (float[N, 50, 2] y, float[N, 50] z)",
+        "i = Cast<to = 6>(x) y = Gather(w, i) z = Tanh(x)",
+        f"<{TABLE}>",
+    )
+    assert synthetic(both, 0, {})["x"].min() < 0
+
+
 def test_a_file_of_another_kind_is_refused_without_advice_to_trust_it(tmp_path: Path) -> None:
     (tmp_path / "d.npz").write_text("x,y\n1,2\n")
     with pytest.raises(DataError, match=r"d\.npz: not a readable \.npz or \.npy file of numbers$"):

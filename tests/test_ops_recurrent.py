@@ -17,7 +17,7 @@ from gradlint.canonical import canonicalize
 from gradlint.domain import Gradient, Moments
 from gradlint.estimate import context
 from gradlint.load import from_proto
-from gradlint.ops.recurrent import contraction, time_profile
+from gradlint.ops.recurrent import contraction, step_norms
 from gradlint.reverse import backward, differentiate
 from gradlint.testing import Activation, check_op, session
 
@@ -259,8 +259,8 @@ def test_batch_first(op: str) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_gradient_of_every_hidden_state_is_a_byproduct() -> None:
-    """The total one: what comes from Y and from later steps. At the last step it is the cotangent itself."""
+def test_what_arrives_at_every_step_is_a_byproduct() -> None:
+    """From Y and from later steps. At the last step it is the cotangent itself; an LSTM's c gets nothing there."""
     for op, direction, last in (("LSTM", "forward", -1), ("GRU", "reverse", 0), ("RNN", "forward", -1)):
         arrays = case(op, "B", {}, steps=4)
         loaded = from_proto(
@@ -272,12 +272,12 @@ def test_gradient_of_every_hidden_state_is_a_byproduct() -> None:
         graph.inputs.append(seed)
         b, found, _ = backward(graph, {graph.outputs[0]: seed}, [v for v in graph.inputs if v.name == "W"])
         assert len(found) == 1
-        (hidden,) = b.byproducts.values()
-        graph.outputs.append(hidden)
+        (arriving,) = (v for (_, name), v in b.byproducts.items() if name == "arriving")
+        graph.outputs.append(arriving)
         t = np.random.default_rng(0).standard_normal((4, 1, 3, 5)).astype(np.float32)
-        got = session(ir.to_proto(loaded)).run([hidden.name], arrays | {"t": t})[0]
-        assert got.shape == t.shape
-        np.testing.assert_allclose(got[-1], t[last], rtol=1e-5)
+        got = session(ir.to_proto(loaded)).run([arriving.name], arrays | {"t": t})[0]
+        assert got.shape == (3,)
+        np.testing.assert_allclose(got[-1], np.square(t[last]).sum(), rtol=1e-5)
 
 
 # -- estimates ---------------------------------------------------------------------------------------------------------
@@ -324,8 +324,9 @@ def test_estimates_of_other_activations(name: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "decades"), [("RNN", 10), ("GRU", 4), ("LSTM", 4)])
-def test_time_profile_is_the_gradient_of_every_hidden_state(op: str, decades: int) -> None:
-    """From the last state only the gradient decays through 40 steps by decades; the profile follows it."""
+def test_step_norms_are_those_of_the_states_gradient(op: str, decades: int) -> None:
+    """From the last state only the gradient decays through 40 steps by decades; what leaves one step arrives at the one
+    before, and the estimate follows the measurement."""
     steps, batch, size, hidden = 40, 32, 4, 12
     n = GATES[op] * hidden
     weights = {
@@ -350,16 +351,19 @@ def test_time_profile_is_the_gradient_of_every_hidden_state(op: str, decades: in
     ctx = context(graph, batch=batch, mode="train")
     one = np.ones((1, 1, 1))
     gs = [None if i == 0 else Gradient(0 * one, one) for i in range(2)]
-    profile = time_profile(ctx, node, [Moments.normal(3), *[None] * 3], gs)
-    assert profile is not None
+    norms = step_norms(ctx, node, [Moments.normal(3), *[None] * 3], gs)
+    assert norms is not None
     seed = ir.Value(name="t", shape=graph.outputs[0].shape, type=graph.outputs[0].type)
     graph.inputs.append(seed)
     b, _, _ = backward(graph, {graph.outputs[0]: seed}, [v for v in graph.initializers.values() if v.name == "W"])
-    graph.outputs.append(b.byproducts[node, "hidden"])
-    got = session(ir.to_proto(loaded)).run([graph.outputs[1].name], {"X": x, "t": t})[0].astype(np.float64)
-    measured = np.sqrt(np.mean(got**2, axis=(1, 2, 3)))
-    assert np.log10(measured[-1] / measured[0]) > decades
-    np.testing.assert_allclose(np.log10(profile), np.log10(measured), atol=0.2)
+    graph.outputs.extend([b.byproducts[node, name] for name in ("leaving", "arriving")])
+    names = [o.name for o in graph.outputs[1:]]
+    squares = np.array(session(ir.to_proto(loaded)).run(names, {"X": x, "t": t}), np.float64)
+    leaving, arriving = np.sqrt(squares / batch)
+    assert len(leaving) == steps - 1
+    np.testing.assert_allclose(leaving[1:], arriving[:-1], rtol=1e-4)
+    assert np.log10(arriving[-1] / leaving[0]) > decades
+    np.testing.assert_allclose(np.log10(norms), np.log10([leaving, arriving]), atol=0.2)
 
 
 def test_contraction_bounds_the_step_of_a_plain_rnn() -> None:

@@ -77,7 +77,7 @@ def test_the_name_on_the_index_is_not_the_commands() -> None:
 
 _RULES = {"condition", "exceptions", "fact_table", "message", "remedies", "remedy_values", "results", "rulebook"}
 _TABLES = {"backward", "broadcasting", "composition", "constants", "domain", "exceptions", "graph", "quadrature",
-           "results", "runs", "subgraphs", "transfer", "ops", "ops.*"}  # fmt: skip
+           "iterations", "results", "runs", "subgraphs", "transfer", "ops", "ops.*"}  # fmt: skip
 # Modules (globs), and all that they may import of ours.
 MAY_IMPORT: dict[str, set[str]] = {
     "exceptions": set(),
@@ -87,7 +87,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "graph": {"results"},
     "load": {"exceptions", "graph"},
     "source_tree": {"exceptions", "graph", "results"},
-    "data": {"exceptions", "graph"},
+    "iterations": {"graph"},
+    "lookups": {"constants", "graph"},
+    "data": {"exceptions", "graph", "lookups"},
     "transfer": _TABLES - {"ops", "ops.*"},
     "ops": _TABLES,
     "ops.*": _TABLES,

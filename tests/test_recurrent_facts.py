@@ -17,8 +17,9 @@ from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
 from gradlint.constants import evaluator, varying
 from gradlint.fact_table import FACTS, Subject
+from gradlint.iteration_facts import spectral_radius
 from gradlint.load import from_proto
-from gradlint.recurrent_facts import recurrent_subjects, spectral_radius, time_decades, unknown_lengths, unrolled
+from gradlint.recurrent_facts import recurrent_subjects, time_decades, unknown_lengths, unrolled
 
 
 def parts_of(proto: onnx.ModelProto) -> Anatomy:

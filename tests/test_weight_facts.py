@@ -244,3 +244,4 @@ def test_networks_of_trained_kernels_are_trained() -> None:
     assert guess_stage(parts_of(mlp(depth=3, gain=1.414, kernels=["trained"] * 3)).uses) == "trained"
     assert guess_stage(parts_of(mlp(depth=3, gain=1.414)).uses) == "init"
     assert guess_stage(parts_of(mlp(depth=3, gain=0.01, kernels=["uniform"] * 3)).uses) == "init"
+    assert guess_stage(parts_of(rnn(cell="LSTM", gate_bias=1.0)).uses) == "init"  # of two numbers, no draw

@@ -10,8 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from gradlint.domain import Array, Gradient, Moments
-from gradlint.graph import dims, is_float, op
-from gradlint.ops.control_vjp import Iteration, Track, if_vjp, iteration_vjp, parts_of
+from gradlint.graph import dims, is_float
+from gradlint.iterations import Iteration, Track, original, parts_of
+from gradlint.iterations import steps as known_steps
+from gradlint.ops.control_vjp import if_vjp, iteration_vjp
 from gradlint.subgraphs import captured, subgraphs
 from gradlint.transfer import Context, row
 
@@ -99,14 +101,10 @@ def _seeds(outputs: Sequence[ir.Value], gs: Sequence[Gradient | None]) -> dict[i
 # -- Loop and Scan -----------------------------------------------------------------------------------------------------
 
 
-def _steps(ctx: Context, parts: Iteration) -> int:
+def _steps(parts: Iteration) -> int:
     """The number of steps, `_FOLLOWED` where it is not known."""
-    for track in parts.slices:
-        shape = dims(track.whole)
-        if shape is not None:
-            return shape[track.axis]
-    limit = None if op(parts.node) == "Scan" else ctx.array(parts.node.inputs[0])
-    return _FOLLOWED if limit is None else max(0, int(limit.reshape(-1)[0]))
+    count = known_steps(parts)
+    return _FOLLOWED if count is None else count
 
 
 def _at(known: Known, track: Track, step: int, steps: int) -> Known:
@@ -150,7 +148,7 @@ def _set(ctx: Context, value: ir.Value, m: Moments | None) -> None:
 def iteration_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:
     """Step by step, the moments of the states carried along; at most 100 steps, the rest like the last of them."""
     parts = parts_of(node)
-    steps = 0 if parts is None else _steps(ctx, parts)
+    steps = 0 if parts is None else _steps(parts)
     if ctx.forward is None or parts is None or steps == 0:
         return (None,) * len(node.outputs)
     states = [_moments(ctx, s.first) for s in parts.states]
@@ -181,7 +179,7 @@ def iteration_pullback(
     Of what the body computes the mean over the steps is kept.
     """
     parts = parts_of(node)
-    steps = 0 if parts is None else _steps(ctx, parts)
+    steps = 0 if parts is None else _steps(parts)
     if ctx.backward is None or parts is None or steps == 0:
         return (None,) * len(node.inputs)
     followed, given = min(steps, _FOLLOWED), dict(zip(node.outputs, gs, strict=True))
@@ -191,21 +189,24 @@ def iteration_pullback(
         trail.append([_moments(ctx, s.out) for s in parts.states])
     d_states = [given[s.last] for s in parts.states]
     d_slices: dict[ir.Value, list[Gradient]] = {t.each: [] for t in parts.slices}
-    outside = set(captured(node))
+    outside, norms = set(captured(node)), list[tuple[float, float]]()
     for step in range(followed - 1, -1, -1):
         _follow(ctx, parts, step, steps, trail[step])
         outs: list[Gradient | None] = []
         for t in parts.outputs:
             g = given[t.whole]
             outs.append(None if g is None else _at(g, t, step, steps))
-        seeds = _seeds([s.out for s in parts.states] + [t.each for t in parts.outputs], [*d_states, *outs])
+        seeds = _seeds([original(v) for v in (*_outs(parts), *(t.each for t in parts.outputs))], [*d_states, *outs])
         found = ctx.backward(parts.body, seeds)
         d_states = [found.get(s.into) for s in parts.states]
+        ends = [seeds.get(original(s.out)) for s in parts.states]
+        norms.append((_norm(ctx, parts, d_states), _norm(ctx, parts, ends)))
         for t in parts.slices:
             if t.each in found:
                 d_slices[t.each].insert(0, found[t.each])
         for value, g in found.items():
             _add(ctx, value, g if value in outside else g.scaled(1 / followed))
+    ctx.profiles[node] = np.array(norms[::-1]).T
     result = {s.first: g for s, g in zip(parts.states, d_states, strict=True)}
     for t in parts.slices:
         each = d_slices[t.each]
@@ -214,6 +215,16 @@ def iteration_pullback(
                 *(_stacked([getattr(g, n) for g in each], t, steps) for n in ("shared", "local"))
             )
     return [None if v is None else result.get(v) for v in node.inputs]
+
+
+def _outs(parts: Iteration) -> list[ir.Value]:
+    return [s.out for s in parts.states]
+
+
+def _norm(ctx: Context, parts: Iteration, gs: Sequence[Gradient | None]) -> float:
+    """Of the gradient of all states, per example."""
+    energies = [_energy(g, s.into) for s, g in zip(parts.states, gs, strict=True) if g is not None]
+    return math.sqrt(sum(energies) / ctx.batch)
 
 
 row("If", moments=if_moments, pullback=if_pullback, vjp=if_vjp)

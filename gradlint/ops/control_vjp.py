@@ -14,7 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from gradlint.backward import Backward, Unsupported
-from gradlint.graph import attribute, dims, is_float, op
+from gradlint.graph import dims, is_float
+from gradlint.iterations import Iteration, State, Track, original, parts_of
 from gradlint.subgraphs import captured, copied, emit, finish, inner
 
 Values = Sequence[ir.Value | None]
@@ -74,90 +75,6 @@ def if_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
 # -- Loop and Scan -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class State:
-    """A value carried from step to step: before the first, after the last, and into and out of the body."""
-
-    first: ir.Value
-    last: ir.Value
-    into: ir.Value
-    out: ir.Value
-
-
-@dataclass(frozen=True)
-class Track:
-    """A value with a slice per step along `axis`, in the order of the steps unless `reverse`: outside, in the body."""
-
-    whole: ir.Value
-    each: ir.Value
-    axis: int = 0
-    reverse: bool = False
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """What Loop and Scan have in common. number, going: Loop's two inputs of the body that say where it is."""
-
-    node: ir.Node
-    body: ir.Graph
-    states: list[State]
-    slices: list[Track]
-    outputs: list[Track]
-    number: ir.Value | None = None
-    going: ir.Value | None = None
-
-
-def parts_of(node: ir.Node) -> Iteration | None:
-    """A Loop or Scan taken apart; None for Scan as opset 8 had it (batched, with lengths)."""
-    if op(node) == "Loop":
-        return loop_parts(node)
-    whole = len(node.inputs) == len(node.attributes["body"].as_graph().inputs)
-    return scan_parts(node) if whole else None
-
-
-def scan_parts(node: ir.Node) -> Iteration:
-    body, count = node.attributes["body"].as_graph(), int(attribute(node, "num_scan_inputs"))
-    carried = len(node.inputs) - count
-
-    def track(wholes: Sequence[ir.Value | None], each: Sequence[ir.Value], kind: str) -> list[Track]:
-        axes = list(attribute(node, f"scan_{kind}_axes", ())) or [0] * len(each)
-        reverse = list(attribute(node, f"scan_{kind}_directions", ())) or [0] * len(each)
-        return [
-            Track(w, e, int(a), bool(r))
-            for w, e, a, r in zip(wholes, each, axes, reverse, strict=True)
-            if w is not None
-        ]
-
-    states = [
-        State(v, *rest)
-        for v, *rest in zip(
-            node.inputs[:carried], node.outputs[:carried], body.inputs[:carried], body.outputs[:carried], strict=True
-        )
-        if v is not None
-    ]
-    return Iteration(
-        node,
-        body,
-        states,
-        track(node.inputs[carried:], body.inputs[carried:], "input"),
-        track(node.outputs[carried:], body.outputs[carried:], "output"),
-    )
-
-
-def loop_parts(node: ir.Node) -> Iteration:
-    body = node.attributes["body"].as_graph()
-    count = len(node.inputs) - 2
-    states = [
-        State(v, *rest)
-        for v, *rest in zip(
-            node.inputs[2:], node.outputs[:count], body.inputs[2:], body.outputs[1 : 1 + count], strict=True
-        )
-        if v is not None
-    ]
-    outputs = [Track(w, e) for w, e in zip(node.outputs[count:], body.outputs[1 + count :], strict=True)]
-    return Iteration(node, body, states, [], outputs, body.inputs[0], body.inputs[1])
-
-
 def _taped(parts: Iteration, kept: Sequence[ir.Value]) -> list[Track]:
     """Further outputs of the forward node: `kept`, inputs of the body, as every step begins."""
     node, tape = parts.node, []
@@ -195,8 +112,9 @@ class Reversed:
     """A body that computes the gradients of one step, and what stands for what in it.
 
     carried, sums: the states and captured values whose gradients go from step to step (`arguments`, then `results` in
-    the body); slices: the tracks whose slices get a gradient, the rest of `results`; reads: what the forward body read,
-    to what stands for it; sources: outputs with a gradient, to what stands for its slice.
+    the body); slices: the tracks whose slices get a gradient, the next of `results`; the last two are the squares of
+    the states' gradient before and behind the step. reads: what the forward body read, to what stands for it; sources:
+    outputs with a gradient, to what stands for its slice.
     """
 
     body: ir.Graph
@@ -211,7 +129,8 @@ class Reversed:
 
 
 def iteration_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    """The steps backwards over a tape: the gradients of the states are carried, those of what is captured summed.
+    """The steps backwards over a tape: the gradients of the states are carried, those of what is captured summed. The
+    squares of the states' gradient, all together, are byproducts (T): "arriving" behind each step, "leaving" before it.
 
     Assumes states of one shape in all steps (a tape stacks them) and tensors, no sequences.
     """
@@ -226,6 +145,10 @@ def iteration_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     tracks |= {v: Track(given[t.whole], v, t.axis, t.reverse) for t, v in step.sources.items()}
     back = _as_scan(b, step, starts, tracks) if parts.number is None else _as_loop(b, step, starts, tracks, tape[-1])
     firsts = [s.first for s in step.carried]
+    if firsts:
+        whole = Track(node.outputs[0], node.outputs[0])
+        b.byproducts[node, "arriving"] = _last_first(b, back.pop(), whole)
+        b.byproducts[node, "leaving"] = _last_first(b, back.pop(), whole)
     for value, g in zip(firsts + step.sums + [t.whole for t in step.slices], back, strict=True):
         b.send(value, g)
     return (None,) * len(node.inputs)
@@ -247,7 +170,7 @@ def _reversed(b: Backward, parts: Iteration, given: dict[ir.Value, ir.Value]) ->
 
     seeds: dict[ir.Value, ir.Value] = {}
     for v, g in (*zip((s.out for s in carried), d_states, strict=True), *((t.each, g) for t, g in sources.items())):
-        _seed(body, seeds, twin[v], g)
+        _seed(body, seeds, original(twin[v]), g)
     inside, found = _differentiated(
         b, body, seeds, [twin[s.into] for s in carried] + [twin[t.each] for t in slices] + sums
     )
@@ -258,11 +181,21 @@ def _reversed(b: Backward, parts: Iteration, given: dict[ir.Value, ir.Value]) ->
     results = [found.get(twin[s.into]) or _zeros(inside, twin[s.into]) for s in carried]
     results += [inside.op("Add", g, found[v]) if v in found else g for v, g in zip(sums, so_far, strict=True)]
     results += [found[twin[t.each]] for t in slices]
+    ends = [seeds[original(twin[s.out])] for s in carried]
     for value, like in zip(results, [*d_states, *so_far, *(twin[t.each] for t in slices)], strict=True):
         value.shape = value.shape or like.shape
+    if carried:
+        results += [_square(inside, results[: len(carried)]), _square(inside, ends)]
     inside.emit(body)
     reads = {v: twin[v] for v in kept}
     return Reversed(body, inside, carried, sums, slices, d_states + so_far, results, reads, sources)
+
+
+def _square(b: Backward, parts: Sequence[ir.Value]) -> ir.Value:
+    squares = [b.op("ReduceSumSquare", g, keepdims=0) for g in dict.fromkeys(parts)]
+    total = b.total(squares, squares[0])
+    total.shape = ir.Shape([])
+    return total
 
 
 def _as_scan(b: Backward, step: Reversed, starts: list[ir.Value], tracks: dict[ir.Value, Track]) -> list[ir.Value]:
@@ -272,13 +205,14 @@ def _as_scan(b: Backward, step: Reversed, starts: list[ir.Value], tracks: dict[i
     finish(step.body, step.results)
     ordered = [_last_first(b, t.whole, t) for t in tracks.values()]
     axes = [t.axis for t in tracks.values()]
-    out_axes = [t.axis for t in step.slices]
+    out_axes = [t.axis for t in step.slices] + [0, 0] * bool(step.carried)
     back = emit(
         b, "Scan", [*starts, *ordered], list(step.body.outputs), body=step.body, num_scan_inputs=len(ordered),
         scan_input_axes=axes if any(axes) else None, scan_output_axes=out_axes if any(out_axes) else None,
     )  # fmt: skip
     count = len(starts)
-    return back[:count] + [_last_first(b, g, t) for g, t in zip(back[count:], step.slices, strict=True)]
+    end = count + len(step.slices)
+    return back[:count] + [_last_first(b, g, t) for g, t in zip(back[count:end], step.slices, strict=True)] + back[end:]
 
 
 def _as_loop(

@@ -15,11 +15,11 @@ from gradlint.domain import Array, Gradient, Moments, Range
 from gradlint.graph import op
 from gradlint.ops.linear import operator_norm
 from gradlint.ops.recurrent_cell import activations, backwards, lengths, optional
-from gradlint.ops.recurrent_ensemble import Back, Cell, Tape, follow, follow_back, product, time_profile
+from gradlint.ops.recurrent_ensemble import Back, Cell, Tape, follow, follow_back, product, step_norms
 from gradlint.ops.recurrent_vjp import recurrent_vjp
 from gradlint.transfer import Context, row
 
-__all__ = ["contraction", "time_profile"]
+__all__ = ["contraction", "step_norms"]
 
 
 def recurrent_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Sequence[Moments | None]:

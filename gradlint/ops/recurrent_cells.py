@@ -94,10 +94,12 @@ def lstm_back(d: Direction) -> Found:
         dh = s.op("Add", carried[0], dy)
         dc = s.op("Add", carried[1], s.op("Mul", dh, into))
         dz = s.op("Mul", s.op("Concat", dc, dh, dc, dc, axis=1), gate)
-        return [stay(s, s.op("MatMul", dz, d.r), dh, mask), s.op("Mul", dc, keep)], [dz, dh]
+        square = s.op("ReduceSumSquare", carried[1])
+        return [stay(s, s.op("MatMul", dz, d.r), dh, mask), s.op("Mul", dc, keep)], [dz, dh, square]
 
     start = d.dc if d.dc is not None else b.op("Mul", d.dh, b.scalar(0.0, d.dh))
-    (dh0, dc0), (dz, hidden) = scan(b, step, [d.dh, start], [d.keep(d.dy), gates, into_c, through, *outside(d)], 2)
+    sequences = [d.keep(d.dy), gates, into_c, through, *outside(d)]
+    (dh0, dc0), (dz, hidden, squares) = scan(b, step, [d.dh, start], sequences, 2)
     flat = d.rows(dz)
     dr = b.op("Gemm", flat, d.rows(d.before), transA=1)
     dp = None
@@ -105,7 +107,7 @@ def lstm_back(d: Direction) -> Found:
         di, do, df, _ = split(b, flat, [size] * 4)
         seen = b.op("Concat", b.op("Mul", di, c_before), b.op("Mul", do, c), b.op("Mul", df, c_before), axis=1)
         dp = b.op("ReduceSum", seen, b.constant([0]), keepdims=0)
-    return Found(hidden, dh0, dc0, flat, dr, _biases(b, flat, flat), dp)
+    return Found(hidden, dh0, dc0, flat, dr, _biases(b, flat, flat), dp, squares)
 
 
 def _cells(

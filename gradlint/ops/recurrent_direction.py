@@ -128,7 +128,10 @@ class Direction:
 
 @dataclass
 class Found:
-    """Gradients of one direction; those of the weights are (gates of W, gates of R) pairs of rows to multiply with."""
+    """Gradients of one direction; those of the weights are (gates of W, gates of R) pairs of rows to multiply with.
+
+    hidden: dL/dh behind every step, in backward order; cell: of dL/dc the squares (T, 1, 1), without what h adds to it.
+    """
 
     hidden: ir.Value
     h0: ir.Value
@@ -137,6 +140,7 @@ class Found:
     dr: ir.Value | None
     db: ir.Value | None
     dp: ir.Value | None = None
+    cell: ir.Value | None = None
 
 
 def _leading(b: Backward, like: ir.Value) -> ir.Value:

@@ -147,9 +147,12 @@ def _gru(cell: Cell, into: Array, h: Array) -> tuple[Array, tuple[Array, ...]]:
 
 @dataclass(frozen=True)
 class Back:
-    """Gradients of one direction: hidden (T, n, H); of the gates as W and as R see them (T, n, G H); of the states."""
+    """Gradients of one direction: of h behind each step, of c (without what h adds), what is passed on to h before it
+    (T, n, H); of the gates as W and as R see them (T, n, G H); of the initial states."""
 
     hidden: Array
+    cells: Array
+    passed: Array
     into_w: Array
     into_r: Array
     h0: Array
@@ -158,10 +161,11 @@ class Back:
 
 def back(cell: Cell, tape: Tape, dy: Array, dh: Array, dc: Array) -> Back:
     """Backward: dy (T, n, H) into every step, dh and dc (n, H) into the last states."""
-    hidden, into_w, into_r = [], [], []
+    hidden, cells, passed, into_w, into_r = [], [], [], [], []
     for t in range(len(dy) - 1, -1, -1):
         dh = dh + dy[t]
         hidden.append(dh)
+        cells.append(dc)
         factors = tape.factors[t]
         if cell.kind == "LSTM":
             gates, into, through = factors
@@ -173,9 +177,18 @@ def back(cell: Cell, tape: Tape, dy: Array, dh: Array, dc: Array) -> Back:
         else:
             dz = dr = dh * factors[0]
             dh = dr @ cell.r
+        passed.append(dh)
         into_w.append(dz)
         into_r.append(dr)
-    return Back(np.stack(hidden[::-1]), np.stack(into_w[::-1]), np.stack(into_r[::-1]), dh, dc)
+    return Back(
+        np.stack(hidden[::-1]),
+        np.stack(cells[::-1]),
+        np.stack(passed[::-1]),
+        np.stack(into_w[::-1]),
+        np.stack(into_r[::-1]),
+        dh,
+        dc,
+    )
 
 
 def _gru_back(cell: Cell, factors: tuple[Array, ...], dh: Array) -> tuple[Array, Array, Array]:
@@ -291,13 +304,20 @@ def follow_back(ens: Ensemble, gs: Sequence[Gradient | None]) -> list[Back]:
     return found
 
 
-def time_profile(
+def step_norms(
     ctx: Context, node: ir.Node, xs: Sequence[Moments | None], gs: Sequence[Gradient | None]
 ) -> Array | None:
-    """RMS of dL/dh over units, examples and directions at each step (T,), in the order the direction runs."""
+    """Norms per example of the state's gradient (of LSTM: both states') before and behind each step but the first
+    (2, T - 1), in the order the direction runs; over units and directions."""
     ens = follow(ctx, node, xs)
     if ens is None or all(g is None for g in gs):
         return None
-    squares = [np.square(b.hidden).mean(axis=(1, 2)) for b in follow_back(ens, gs)]
-    profile: Array = np.sqrt(np.mean(squares, axis=0))
-    return profile
+    backs = follow_back(ens, gs)
+    leaving = sum(_square(b.passed[1:]) + _square(b.cells[:-1]) for b in backs)
+    arriving = sum(_square(b.hidden[1:]) + _square(b.cells[1:]) for b in backs)
+    return np.sqrt(np.stack([leaving, arriving]))
+
+
+def _square(a: Array) -> Array:
+    """(T, n, H) to (T): over units, averaged over sequences."""
+    return np.square(a).sum(axis=2).mean(axis=1)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from gradlint.backward import Backward
 from gradlint.graph import attribute, op
 from gradlint.ops.recurrent_cell import activations, backwards, directions, lengths, optional
 from gradlint.ops.recurrent_cells import gru_back, lstm_back, rnn_back
-from gradlint.ops.recurrent_direction import Direction, flip, float_type, hidden_size, shifted
+from gradlint.ops.recurrent_direction import Direction, Found, flip, float_type, hidden_size, shifted
 
 Values = Sequence[ir.Value | None]
+_END = np.iinfo(np.int64).max
 _CELLS = {"RNN": rnn_back, "GRU": gru_back, "LSTM": lstm_back}
 
 
 def recurrent_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    """Gradients of X, W, R, B, initial_h, initial_c and P; dL/dh of every step is the byproduct "hidden" (T, D, B, H),
-    its steps in the order the direction runs (entry 0 is the step farthest from the last state).
+    """Gradients of X, W, R, B, initial_h, initial_c and P.
+
+    The squares of the state's gradient (LSTM: of both states), summed over directions, examples and units, are
+    byproducts (T - 1): "arriving" behind each step but the first, "leaving" before it, in the order the direction runs.
 
     Assumes layout 0 (the canonical form). A clipped pre-activation has slope 0 outside the clip.
     """
@@ -28,7 +32,7 @@ def recurrent_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     count = directions(node)
     parts = [_direction(b, node, gs, k) for k in range(count)]
     found = [_CELLS[op(node)](d) for d in parts]
-    b.byproducts[node, "hidden"] = _stacked(b, [flip(b, f.hidden) for f in found], 1)
+    _keep_squares(b, node, parts, found)
     dx = None
     if b.wanted(x):
         for k, (d, f) in enumerate(zip(parts, found, strict=True)):
@@ -45,6 +49,20 @@ def recurrent_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
         wanted = name and b.wanted(optional(node, index))
         into.append(_stacked(b, [getattr(f, name) for f in found], 0) if wanted else None)
     return into[: len(node.inputs)]
+
+
+def _keep_squares(b: Backward, node: ir.Node, parts: Sequence[Direction], found: Sequence[Found]) -> None:
+    """In backward order, last step first, what leaves a step is what arrives at the next, without what came from
+    outside."""
+    axes, axis = b.constant([1, 2]), b.constant([0])
+    for name, start, end in (("arriving", 0, -1), ("leaving", 1, _END)):
+        totals = []
+        for d, f in zip(parts, found, strict=True):
+            g = f.hidden if name == "arriving" else b.op("Sub", f.hidden, d.dy)
+            squares = b.op("ReduceSumSquare", g, axes, keepdims=0)
+            totals += [squares] if f.cell is None else [squares, b.op("Squeeze", f.cell, axes)]
+        whole = b.op("Slice", b.total(totals, totals[0]), b.constant([start]), b.constant([end]), axis)
+        b.byproducts[node, name] = flip(b, whole)
 
 
 def _name_hidden_states(node: ir.Node) -> None:

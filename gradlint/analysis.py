@@ -24,7 +24,8 @@ from gradlint.estimate import Estimate, Proof, estimate, prove
 from gradlint.exceptions import DataError
 from gradlint.fact_table import Fact, Subject
 from gradlint.facts import EXPORT_LINE, Facts, gather, request
-from gradlint.graph import FLOATS, dims, folded_batchnorms, is_float, op, split_merged
+from gradlint.folding import folded_batchnorms, is_restored, restore_batchnorms
+from gradlint.graph import FLOATS, dims, is_float, op, split_merged
 from gradlint.identity import identities
 from gradlint.judge import judge, verdict
 from gradlint.load import Source, from_proto, read, source
@@ -148,6 +149,8 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     lengths = unknown_lengths(graph, frozenset({*options.dims, *shapes}))
     disconnected = tuple(disconnected_subjects(graph))
     sizes = canonicalize(source.model, bound, source.path)
+    if options.mode == "train":
+        restore_batchnorms(graph)
     split_merged(source.model)
     locate_sources(graph, options.source_root)
     parts = anatomy(graph)
@@ -307,6 +310,7 @@ def _model_facts(
         "model_parameters": _parameters(parts),
         "folded_batchnorm": len(folded),
         "folded_layers": _few([str(n.name) for n in folded]),
+        "restored_batchnorm": sum(map(is_restored, folded)),
         "export_line": EXPORT_LINE,
         "unmodelled_nodes": sum(unmodelled.values()),
         "unmodelled_share": len(guess.behind) / max(1, nodes),

@@ -98,6 +98,7 @@ _MODEL = (
         ("quantized_ops", "count", "QuantizeLinear, DequantizeLinear and integer matmul or convolution nodes"),
         ("folded_batchnorm", "count", "BatchNormalization nodes the exporter folded into the layer before"),
         ("folded_layers", "text", "names of the layers that took one in, a few of them"),
+        ("restored_batchnorm", "count", "fresh ones of them that were put back, since mode is train"),
         ("export_line", "text", "the line of Python that exports this model without folding"),
         ("unmodelled_nodes", "count", "nodes whose operator has no row for the estimate"),
         ("unmodelled_share", "share", "nodes that lie behind an operator without a row, of all nodes"),

@@ -28,11 +28,11 @@ from gradlint.derived_facts import (
 from gradlint.estimate import Estimate, Proof
 from gradlint.fact_table import Fact, Scope, Subject
 from gradlint.flow import Flow, cotangent_norm
+from gradlint.folding import folded_batchnorms
 from gradlint.graph import (
     REORDERS,
     WeightUse,
     dims,
-    folded_batchnorms,
     is_float,
     leads_to,
     main_output,

@@ -148,7 +148,12 @@ def mark_constants(model: ir.Model) -> None:
     if any(v.metadata_props.get(_KIND, "").endswith("PARAMETER") for v in values):
         for value in values:
             if _KIND not in value.metadata_props and _FOLDED not in value.metadata_props:
-                value.metadata_props[_KIND] = "CONSTANT"
+                mark_constant(value)
+
+
+def mark_constant(value: ir.Value) -> None:
+    """Say that an initializer is no parameter."""
+    value.metadata_props[_KIND] = "CONSTANT"
 
 
 def _reads_input(node: ir.Node) -> bool:
@@ -362,12 +367,6 @@ def source(node: ir.Node) -> Source | None:
     """The user's own line, where `source_tree` found it."""
     found = node.meta.get("source")
     return found if isinstance(found, Source) else None
-
-
-def folded_batchnorms(graph: ir.Graph) -> list[ir.Node]:
-    """Nodes into which the exporter folded a BatchNormalization."""
-    key = "pkg.onnxscript.rewriter.rule_name"
-    return [n for n in graph.all_nodes() if "FuseBatchNorm" in n.metadata_props.get(key, "")]
 
 
 # -- roles -------------------------------------------------------------------------------------------------------------

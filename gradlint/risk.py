@@ -5,9 +5,10 @@ A logistic function of the decades that are lost on the way, added up:
     risk = 1 / (1 + exp(-STEEPNESS * (sum_k min(x_k, CAPS[k]) - HALF)))
 
 Every decade counts alike, whatever took it, so that two constants are fitted, no weights: HALF is the loss at which
-half of the networks don't train. Each fact is cut off where more of it makes no difference. They were fitted on small
-networks labelled by really training them with SGD and momentum; benchmarks/risk_fit.py prints them with their
-cross-validated AUROC, precision and recall. All facts are measured or estimated quantities: nothing counts layers or
+half of the networks don't train. Each fact is cut off where more of it makes no difference. They are round numbers
+near the fits on small networks labelled by really training them with SGD and momentum, which lie at 0.8 to 1.1 and 5.0
+to 6.0, with and without the probe; benchmarks/risk_fit.py prints its fit with cross-validated AUROC, precision and
+recall. All facts are measured or estimated quantities: nothing counts layers or
 reads operator names, so risk is the same for every spelling of a function.
 """
 

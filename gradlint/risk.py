@@ -8,8 +8,8 @@ Every decade counts alike, whatever took it, so that two constants are fitted, n
 half of the networks don't train. Each fact is cut off where more of it makes no difference. They are round numbers
 near the fits on small networks labelled by really training them with SGD and momentum, which lie at 0.8 to 1.1 and 5.0
 to 6.0, with and without the probe; benchmarks/risk_fit.py prints its fit with cross-validated AUROC, precision and
-recall. All facts are measured or estimated quantities: nothing counts layers or
-reads operator names, so risk is the same for every spelling of a function.
+recall. All facts are measured or estimated quantities: nothing counts layers or reads operator names, so risk is the
+same for every spelling of a function.
 """
 
 from __future__ import annotations

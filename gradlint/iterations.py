@@ -129,28 +129,32 @@ def steps(parts: Iteration) -> int | None:
 
 def _holds_until(parts: Iteration, value: ir.Value) -> float | None:
     """The first step, counted from 0, at which a truth computed in the body is false; None where it can't be told."""
-    array = constant_array(value)
-    if array is not None:
-        return math.inf if array.all() else 0.0
-    node = value.producer()
-    if node is None:
-        return math.inf if value is parts.going else None
-    if op(node) in ("Identity", "Cast", "Squeeze", "Reshape") and node.inputs[0] is not None:
-        return _holds_until(parts, node.inputs[0])
-    sides = [v for v in node.inputs if v is not None]
-    if op(node) == "And":
-        ends = [_holds_until(parts, v) for v in sides]
-        return min((e for e in ends if e is not None), default=None) if None not in ends else None
-    if op(node) not in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
-        return None
-    low, high = (_line(parts, v) for v in (sides if op(node).startswith("Less") else sides[::-1]))
+    ends: dict[ir.Value | None, float | None] = {} if parts.going is None else {parts.going: math.inf}
+
+    def end(truth: ir.Value | None) -> float | None:
+        array = constant_array(truth)
+        return ends.get(truth) if array is None else math.inf if array.all() else 0.0
+
+    for node in parts.body:
+        if op(node) in ("Identity", "Cast", "Squeeze", "Reshape"):
+            ends[node.outputs[0]] = end(node.inputs[0])
+        elif op(node) == "And":
+            sides = [e for v in node.inputs if (e := end(v)) is not None]
+            ends[node.outputs[0]] = min(sides) if len(sides) == 2 else None
+        elif op(node) in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
+            ends[node.outputs[0]] = _compares_until(parts, node)
+    return end(value)
+
+
+def _compares_until(parts: Iteration, node: ir.Node) -> float | None:
+    low, high = (_line(parts, v) for v in (node.inputs if op(node).startswith("Less") else node.inputs[::-1]))
     if low is None or high is None:
         return None
     rise, room = low[0] - high[0], high[1] - low[1]
     if rise <= 0:
         return math.inf if room > 0 or (room == 0 and op(node).endswith("OrEqual")) else None
-    end = room / rise
-    return max(0.0, math.floor(end) + 1.0 if op(node).endswith("OrEqual") else float(math.ceil(end)))
+    last = room / rise
+    return max(0.0, math.floor(last) + 1.0 if op(node).endswith("OrEqual") else float(math.ceil(last)))
 
 
 def _line(parts: Iteration, value: ir.Value | None) -> tuple[float, float] | None:

@@ -157,3 +157,17 @@ def test_a_gate_makes_it_a_gated_cell() -> None:
     plain, gated = (gradlint.check(keras_rnn(40, scale=0.1, gated=g), select=("GL401",)) for g in (False, True))
     assert [f.level for f in plain.findings] == ["error"]
     assert [(f.level, f.metrics["time_decades"] < -7) for f in gated.findings] == [("note", True)]
+
+
+def test_a_condition_of_many_operators_is_read_at_once() -> None:
+    """And of a value with itself, over and over: as many ways through it as there are numbers of 200 bits."""
+    copies = "".join(f"g{k + 1} = And(g{k}, g{k}) " for k in range(200))
+    graph = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 20]>
+        m (float[2,3] x) => (float[2,3] y) <int64 limit = {{7}}, bool start = {{1}}> {{
+          y = Loop <body = b (int64 i, bool going, float[2,3] h) => (bool more, float[2,3] next) {{
+            g0 = Identity(going) {copies} more = Identity(g200) next = Tanh(h)
+          }}> (limit, start, x)
+        }}"""
+    ).graph
+    assert steps(loop_parts(graph[0])) == 7

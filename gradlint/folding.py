@@ -7,7 +7,7 @@ import re
 import numpy as np
 import onnx_ir as ir
 
-from gradlint.graph import constant_array, dims, mark_constant, op
+from gradlint.graph import constant_array, dims, is_float, mark_constant, op
 
 _RULE = "pkg.onnxscript.rewriter.rule_name"  # of the rewriting that made a node
 # TensorFlow's names for what is normalised; x * scale and + shift where it is done by constants.
@@ -47,11 +47,11 @@ def restore_batchnorms(graph: ir.Graph) -> None:
             continue
         ones, zeros = np.ones(shape[1], np.float32), np.zeros(shape[1], np.float32)
         parts = {"scale": ones, "bias": zeros, "mean": zeros, "variance": ones - np.float32(_EPSILON)}
-        inputs = [_constant(graph, f"{value.name}/batchnorm/{name}", array) for name, array in parts.items()]
-        name = f"{node.name}/batchnorm"
+        name = f"gradlint.batchnorm.{value.name}"
+        inputs = [_constant(graph, f"{name}.{part}", array) for part, array in parts.items()]
         norm = ir.node("BatchNormalization", [value, *inputs], {"epsilon": _EPSILON}, name=name)
         output = norm.outputs[0]
-        output.name, output.shape, output.type = f"{value.name}/batchnorm", value.shape, value.type
+        output.name, output.shape, output.type = f"{name}.out", value.shape, value.type
         for use in list(value.uses()):
             if use.node is not norm:
                 use.node.replace_input_with(use.idx, output)
@@ -61,7 +61,9 @@ def restore_batchnorms(graph: ir.Graph) -> None:
 
 def _normalised(node: ir.Node) -> ir.Value | None:
     """The value that a fresh BatchNormalization took, its channels along axis 1; None for one that was trained."""
-    constants = [a for v in node.inputs if (a := constant_array(v)) is not None]
+    constants = [a for v in node.inputs if (a := constant_array(v)) is not None and a.size]
+    if not constants:
+        return None
     if op(node) == "Mul":
         scale, value = constants[0], next((v for v in node.inputs if constant_array(v) is None), None)
         shifts = [a for u in node.outputs[0].uses() if op(u.node) == "Add" and _is_named(u.node)
@@ -69,10 +71,10 @@ def _normalised(node: ir.Node) -> ir.Value | None:
         fresh = scale.any() and np.ptp(scale) == 0 and not any(a.any() for a in shifts)
     else:
         value = node.outputs[0] if op(node) in _PRODUCTS else None
-        fresh = bool(constants) and constants[0].any() and not any(a.any() for a in constants[1:])
+        fresh = constants[0].any() and not any(a.any() for a in constants[1:])
     maker = None if value is None else value.producer()
     channels_first = maker is not None and (op(maker) in ("Conv", "ConvTranspose") or len(dims(value) or ()) == 2)
-    return value if fresh and channels_first else None
+    return value if fresh and channels_first and is_float(value) else None
 
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from builders import _Graph, cnn
+from builders import FOLDED, _Graph, cnn
 from onnx import numpy_helper
 
 import gradlint
@@ -58,6 +58,14 @@ def test_one_that_was_trained_is_not_put_back() -> None:
 
 def test_names_of_tensorflow_tell_what_was_folded() -> None:
     assert risk(chain(names=True), probe=False) < 0.3 < 0.6 < risk(chain(names=False), probe=False)
+
+
+def test_the_mark_of_a_fold_on_a_node_without_constants_is_passed_over() -> None:
+    graph = _Graph(0)
+    value = graph.node("Mul", ["x", "x"], "square")
+    graph.nodes[-1].metadata_props.add(key="pkg.onnxscript.rewriter.rule_name", value=FOLDED)
+    model = graph.model(["N", 8], graph.dense(value, "head", graph.rng.standard_normal((4, 8)) / 3), ["N", 4])
+    assert "eval mode" in next(f.message for f in gradlint.check(model).findings if f.rule == "normalization-folded")
 
 
 def test_what_is_put_back_is_no_weight() -> None:

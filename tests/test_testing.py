@@ -26,7 +26,7 @@ def test_one_that_does_not_is_told_with_findings_and_fixes() -> None:
     with pytest.raises(AssertionError) as caught:
         assert_trainable(onnx.load(SIGMOID), probe=False, select=["vanishing-gradient"])
     first, place, message, *fixes = str(caught.value).splitlines()
-    assert first.startswith("model is not trainable: fail, risk ")
+    assert first.startswith("model is not trainable: fail, risk 1.00, ")
     assert place == "error GL201 vanishing-gradient at layers.0.linear:"
     assert "smaller than the network's largest" in message
     assert fixes
@@ -83,5 +83,5 @@ def test_pytest_shows_the_message_and_the_tests_own_line(tmp_path: Path) -> None
     )  # fmt: skip
     assert run.returncode == 1
     assert "test_net.py:5: AssertionError" in run.stdout
-    assert "digits_sigmoid.onnx is not trainable: fail, risk " in run.stdout
+    assert "digits_sigmoid.onnx is not trainable: fail, risk 1.00, " in run.stdout
     assert "raise AssertionError(_complaint" not in run.stdout

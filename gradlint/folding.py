@@ -7,9 +7,8 @@ import re
 import numpy as np
 import onnx_ir as ir
 
-from gradlint.graph import constant_array, dims, is_float, mark_constant, op
+from gradlint.graph import constant_array, dims, is_float, mark_constant, op, took_batchnorm
 
-_RULE = "pkg.onnxscript.rewriter.rule_name"  # of the rewriting that made a node
 # TensorFlow's names for what is normalised; x * scale and + shift where it is done by constants.
 _NAMES = re.compile(r"/(batchnorm/(mul|add)_1|FusedBatchNorm(V\d)?)(:\d+)?$")
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -19,7 +18,7 @@ _RESTORED = "restored"
 
 def folded_batchnorms(graph: ir.Graph) -> list[ir.Node]:
     """Nodes into which the exporter folded a BatchNormalization."""
-    return [n for n in graph.all_nodes() if "FuseBatchNorm" in n.metadata_props.get(_RULE, "") or _is_named(n)]
+    return [n for n in graph.all_nodes() if took_batchnorm(n) or _is_named(n)]
 
 
 def _is_named(node: ir.Node) -> bool:

@@ -142,13 +142,20 @@ def trainable(value: ir.Value) -> bool:
 
 
 def mark_constants(model: ir.Model) -> None:
-    """Where the exporter says what is a parameter, an initializer of which it says nothing is none."""
+    """Where the exporter says what is a parameter, an initializer of which it says nothing is none, but for what a
+    BatchNormalization was folded into: there the exporter's word is lost."""
     graphs = (model.graph, *model.graph.subgraphs())
+    folded = {v for n in model.graph.all_nodes() if took_batchnorm(n) for v in n.inputs}
     values = [v for g in graphs for v in g.initializers.values()]
     if any(v.metadata_props.get(_KIND, "").endswith("PARAMETER") for v in values):
         for value in values:
-            if _KIND not in value.metadata_props and _FOLDED not in value.metadata_props:
+            if _KIND not in value.metadata_props and _FOLDED not in value.metadata_props and value not in folded:
                 mark_constant(value)
+
+
+def took_batchnorm(node: ir.Node) -> bool:
+    """Did torch's exporter fold a BatchNormalization into this node?"""
+    return "FuseBatchNorm" in node.metadata_props.get("pkg.onnxscript.rewriter.rule_name", "")
 
 
 def mark_constant(value: ir.Value) -> None:

@@ -68,6 +68,16 @@ def test_the_mark_of_a_fold_on_a_node_without_constants_is_passed_over() -> None
     assert "eval mode" in next(f.message for f in gradlint.check(model).findings if f.rule == "normalization-folded")
 
 
+def test_a_kernel_that_took_a_batchnorm_is_a_parameter_though_its_mark_is_lost() -> None:
+    model = cnn(depth=2, folded=True)
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("head"):
+            kind = {"key": "pkg.torch.export.graph_signature.InputSpec.kind", "value": "InputKind.PARAMETER"}
+            tensor.metadata_props.add(**kind)
+    weights = gradlint.check(model, probe=False).weights
+    assert {"conv.0.weight", "conv.1.weight", "head.weight"} <= {w.name for w in weights if w.trainable}
+
+
 def test_what_is_put_back_is_no_weight() -> None:
     report = gradlint.check(cnn(depth=2, folded=True), probe=False)
     assert {w.name.split(".")[0] for w in report.weights} == {"conv", "head"}

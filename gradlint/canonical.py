@@ -53,7 +53,11 @@ def canonicalize(
     if dims is not None:
         freeze(model.graph, dims.settings)
     _fold(model)
-    assumed = () if dims is None else bind(model, dims, where)
+    assumed: tuple[str, ...] = ()
+    if dims is None:
+        infer_shapes(model)
+    else:
+        assumed = bind(model, dims, where)
     _fold(model)
     while expand(model):
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -65,7 +69,6 @@ def canonicalize(
     common.RemoveUnusedNodesPass()(model)
     _remove_unread(model)
     common.AddDefaultAttributesPass()(model)
-    infer_shapes(model)
     for node in model.graph.all_nodes():
         resolve_auto_pad(node)
     del model.graph.outputs[len(outputs) :]

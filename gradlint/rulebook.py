@@ -39,7 +39,7 @@ SECTIONS = (
 _REQUIRED = ("code", "status", "scope", "since", "when", "message")
 _OPTIONAL = ("level", "where", "rank", "places", "fixes", "explains", "travels", "limits")
 _PLACES = 3  # places a rule names one by one; more of them share a cause, and a finding
-_MARKDOWN = MarkdownIt("commonmark")
+_MARKDOWN = MarkdownIt("commonmark").disable("inline")  # blocks, and the text as it stands in each
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _CODE = re.compile(r"[A-Z]{2,8}[0-9]{3,4}")
 

@@ -36,7 +36,8 @@ def _renumber(model: onnx.ModelProto, numbers: list[int], prefix: str) -> None:
     """Nodes and the values between them get other names, as when an exporter counts from elsewhere."""
     kept = {value.name for value in (*model.graph.input, *model.graph.output, *model.graph.initializer)} | {""}
     values = {name for node in model.graph.node for name in node.output} - kept
-    renamed = {name: f"{prefix}{number}" for name, number in zip(sorted(values), numbers, strict=False)}
+    others = [name for number in numbers if (name := f"{prefix}{number}") not in kept]
+    renamed = dict(zip(sorted(values), others, strict=False))
     for node, number in zip(model.graph.node, reversed(numbers), strict=False):
         node.name = f"{prefix}_node_{number}"
         node.input[:] = [renamed.get(name, name) for name in node.input]

@@ -69,3 +69,16 @@ def test_the_operator_norm_is_an_upper_bound_within_a_decade(shape: tuple[int, i
     w = normal(*shape, std=shape[0] ** -0.5)
     true = float(np.linalg.norm(w.astype(np.float64), 2))
     assert true <= operator_norm(w) < 10 * true
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((64, 32), 1e30), ((100, 3000), 1.0), ((3000, 100), 1e-30), ((512, 512), 1.0)]
+)
+def test_the_operator_norm_of_a_small_or_narrow_matrix_is_exact(shape: tuple[int, int], scale: float) -> None:
+    w = normal(*shape, std=scale)
+    assert operator_norm(w) == pytest.approx(float(np.linalg.norm(w.astype(np.float64), 2)), rel=1e-8)
+
+
+@pytest.mark.parametrize(("odd", "norm"), [(0.0, 0.0), (np.inf, np.inf), (np.nan, np.inf)])
+def test_the_operator_norm_of_what_is_no_number_is_infinite(odd: float, norm: float) -> None:
+    assert operator_norm(np.full((3, 4), odd, np.float32)) == norm

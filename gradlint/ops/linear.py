@@ -34,6 +34,7 @@ from gradlint.transfer import Context, over_tokens, product, row, summed
 Values = Sequence[ir.Value | None]
 _BLOCK = 1 << 18  # elements of a weight worked on at a time: 1 MB in float32
 _ROW = 1 << 12  # of which next to each other
+_SMALL, _NARROW = 512, 256  # rows and columns of a matrix whose norm is calculated exactly; the fewer of both
 
 
 def times(v: Array, w: np.ndarray, power: int = 1) -> Array:
@@ -101,19 +102,25 @@ def operator_norm(w: np.ndarray) -> float:
     """An upper bound of the largest singular value of a matrix (the largest over a stack of them).
 
     min of the Frobenius norm and sqrt(norm_1 norm_inf); up to 2^22 elements also the square root of the Gram matrix's
-    Frobenius norm, (sum of sigma^4)^(1/4) (Delattre et al. 2023, one step); for small matrices the exact value.
+    Frobenius norm, (sum of sigma^4)^(1/4) (Delattre et al. 2023, one step). The exact value for a small matrix and a
+    narrow one: the root of the Gram matrix's largest eigenvalue, a sixth of the time of singular values.
     """
-    if max(w.shape[-2:]) <= 512 and w.ndim == 2:
-        if not np.isfinite(w).all():
-            return math.inf
-        return float(np.linalg.norm(w.astype(np.float64), 2)) * (1 + 1e-9)
-    a = np.abs(w.astype(np.float64)) if w.size <= 1 << 24 else np.abs(w)
-    frobenius = np.sqrt(np.square(a).sum(axis=(-2, -1)))
-    norm = float(np.max(np.minimum(frobenius, np.sqrt(a.sum(axis=-2).max(axis=-1) * a.sum(axis=-1).max(axis=-1)))))
-    if w.ndim == 2 and w.size <= 1 << 22 and np.isfinite(norm):
+    if w.ndim == 2 and (max(w.shape) <= _SMALL or (min(w.shape) <= _NARROW and w.size <= 1 << 20)):
+        top = float(np.max(np.abs(w), initial=0.0))
+        if not 0.0 < top < math.inf:
+            return top if top == 0.0 else math.inf
+        unit = w.astype(np.float64) / top
+        gram = unit @ unit.T if w.shape[0] <= w.shape[1] else unit.T @ unit
+        return top * math.sqrt(float(np.linalg.eigvalsh(gram)[-1])) * (1 + 1e-9)
+    a = np.abs(w)
+    across, down = (a.sum(axis=k, dtype=np.float64).max(axis=-1) for k in (-1, -2))
+    norms = np.sqrt(across * down)
+    if w.ndim == 2 and w.size <= 1 << 22 and np.isfinite(norms):
         gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
-        norm = min(norm, math.sqrt(float(np.linalg.norm(gram.astype(np.float64)))) * (1 + 1e-4))  # float32 products
-    return norm
+        squares = np.linalg.norm(gram.astype(np.float64))
+    else:
+        squares = np.einsum("...ij,...ij->...i", w, w).sum(axis=-1, dtype=np.float64)
+    return float(np.max(np.fmin(norms, np.sqrt(squares) * (1 + 1e-4))))  # float32 products
 
 
 def interval(x: Range, w: np.ndarray) -> Range:

@@ -58,6 +58,7 @@ def session_of(model: ir.Model, graph: ir.Graph, threads: int) -> Any:
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.enable_cpu_mem_arena = False  # it would take pages of its own; the process has freed ones
+    options.enable_mem_pattern = False  # a plan for further runs: most sessions have one
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.disable_prepacking", "1")
     for node in list(reversed(graph)):  # onnxruntime runs what nothing reads

@@ -58,6 +58,20 @@ def test_conv_in_one_dimension(attributes: dict[str, Any]) -> None:
     check_op("Conv", Activation((8, 3, 14), mean=0.5), normal(5, 3, 3), normal(5), **attributes)
 
 
+@pytest.mark.parametrize(
+    ("x", "w", "attributes"),
+    [
+        ((2, 40, 24, 24), (40, 1, 3, 3), {"pads": [1, 1, 1, 1]}),
+        ((3, 64, 29, 26), (64, 1, 3, 5), {"strides": [2, 1], "dilations": [1, 2], "pads": [0, 3, 2, 1]}),
+        ((2, 16, 1600), (16, 1, 9), {"strides": [1], "pads": [0, 4]}),
+    ],
+)
+def test_depthwise_conv_on_a_large_map(
+    x: tuple[int, ...], w: tuple[int, ...], attributes: dict[str, list[int]]
+) -> None:
+    check_op("Conv", Activation(x), normal(*w), group=w[0], moments=None, pullback=None, proof=False, **attributes)
+
+
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_conv_in_three_dimensions(group: int) -> None:
     w = normal(4, 4 // group, 3, 2, 3)

@@ -6,7 +6,7 @@ With y[o, q] = sum_{c,t} W[o, c, t] x[c, q s + t d - p] (s strides, d dilations,
   other strides: ConvTranspose.
 - dW: a matrix product of g, (O, N L), with the patches of x, (N L, taps C). Patches are gathered channels-last, first
   along the last axis, then over the others: Gather copies whole rows and uses all threads, unlike Slice and Concat.
-  Depthwise: the patches times g, summed, or products of whole columns, of which only diagonals count.
+  Depthwise: the patches times g, summed; where they would be many, a convolution of x with g as its kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gradlint.graph import attribute, dims
 
 _PATCHES = 1 << 23  # elements: larger matrices of patches are built and multiplied one leading tap at a time
 _FLIPPED = 1 << 23  # elements: larger kernels are not copied flipped
-_BANDS = (16, 128)  # columns between which depthwise convolutions take `_bands` (measured)
+_COPIES = 200_000  # elements: more patches of one example are not laid out for a depthwise convolution (measured)
 _SHORT = 256  # positions: below, one product over all examples beats one per example (measured)
 
 
@@ -222,9 +222,10 @@ def weight_gradient(
         rows, columns = (b.op("Reshape", v, b.constant([0, 0, -1])) for v in (g, x))
         each = b.op("MatMul", rows, b.op("Transpose", columns, perm=[0, 2, 1]))
         return b.op("Reshape", b.sum_over(each, [0]), b.constant(shape))
-    if u.depthwise and at.rank == 2 and at.strides == (1, 1) and _BANDS[0] <= outs[1] <= _BANDS[1]:
-        return _bands(b, x, g, u, w)
-    split = at.rank > 1 and u.length * math.prod(u.kernel) * u.channels > _PATCHES
+    patches = u.length * math.prod(u.kernel) * u.channels
+    if u.depthwise and patches > _COPIES and (batch := (dims(source) or (0,))[0]):
+        return _correlation(b, x, g, u, w, batch)
+    split = at.rank > 1 and patches > _PATCHES
     windows = _windows(b, x, u)
     taps = [slice(k, k + 1) for k in range(u.kernel[0])] if split else [slice(None)]
     multiply = _depthwise if u.depthwise else _product
@@ -297,28 +298,13 @@ def _depthwise(b: Backward, patches: ir.Value, taps: int, g: ir.Value, u: Unfold
     return b.sum_over(b.op("Mul", spread, g), [0, 1])
 
 
-def _bands(b: Backward, x: ir.Value, g: ir.Value, u: Unfolding, w: ir.Value) -> ir.Value:
-    """Depthwise, stride 1: for each tap along the rows the product of all columns of g with all columns of x.
-
-    Summed over rows these are matrices (out, in); each tap along the columns is the sum of one of their diagonals.
-    """
-    end = [m - p - n for m, p, n in zip(u.padded, u.at.begin, u.sizes, strict=True)]
-    x = b.op("Pad", x, b.constant([0, 0, *u.at.begin, 0, 0, *end]))
-    columns = b.op("Transpose", g, perm=[0, 1, 3, 2])
-    out, wide = u.outs[1], u.padded[1]
-    diagonals = np.zeros((out, wide, u.kernel[1]))
-    for tap in range(u.kernel[1]):
-        diagonals[np.arange(out), np.arange(out) + tap * u.at.dilations[1], tap] = 1.0
-    assert x.dtype is not None
-    sums = b.constant(diagonals.reshape(out * wide, -1), x.dtype.numpy())
-    taps = []
-    for tap in range(u.kernel[0]):
-        start = tap * u.at.dilations[0]
-        rows = b.op("Slice", x, b.constant([start]), b.constant([start + u.outs[0]]), b.constant([2]))
-        pairs = b.op("Reshape", b.op("MatMul", columns, rows), b.constant([0, 0, out * wide]))
-        taps.append(b.op("MatMul", pairs, sums))
-    found = taps[0] if len(taps) == 1 else b.op("Concat", *taps, axis=2)
-    return b.op("Reshape", b.sum_over(found, [0]), b.shape(w))
+def _correlation(b: Backward, x: ir.Value, g: ir.Value, u: Unfolding, w: ir.Value, batch: int) -> ir.Value:
+    """Depthwise: the convolution of x with the kernel g, every channel of every example a group of its own."""
+    signal, kernel = b.op("Reshape", x, b.constant([1, -1, *u.sizes])), b.op("Reshape", g, b.constant([-1, 1, *u.outs]))
+    at, spatial = u.at, range(2, u.at.rank + 2)
+    wide = convolve(b, signal, kernel, at.dilations, at.strides, at.begin, at.end, batch * u.channels)
+    taps = b.op("Slice", wide, b.constant([0] * at.rank), b.constant(u.kernel), b.constant(spatial))
+    return b.op("Reshape", b.sum_over(b.op("Reshape", taps, b.constant([batch, u.channels, -1])), [0]), b.shape(w))
 
 
 def _swapped_roles(

@@ -170,7 +170,7 @@ def probe(
     taken: set[ir.Value] = set(graph.inputs)
     graph.outputs.extend(named_output(graph, v, f"tap.{k}", taken) for k, v in enumerate(taps.distinct()))
     try:
-        with memory.at_hand(kept):
+        with memory.at_hand(kept * 7 // 6):  # what is loaded takes its part
             session = session_of(model, graph, threads)
     except runtime_errors() as error:
         return Skipped(f"onnxruntime can't load the model: {_first_line(error)}", _remedy(error))

@@ -125,7 +125,13 @@ def pole_subjects(parts: Anatomy, estimate: Estimate, proof: Proof, non_finite: 
 def pole_nodes(parts: Anatomy, estimate: Estimate) -> list[ir.Node]:
     """Nodes whose derivative has a pole and whose input varies, those of normalisations and softmaxes left out."""
     norms = normalisations(parts.graph)
-    return [n for n in parts.graph if op(n) in _POLES and n.outputs[0] in estimate.varies and not _is_guarded(n, norms)]
+    varying = [n for n in parts.graph if _may_have_pole(n) and n.outputs[0] in estimate.varies]
+    return [n for n in varying if not _is_guarded(n, norms)]
+
+
+def _may_have_pole(node: ir.Node) -> bool:
+    exponent = scalar(node.inputs[1]) if op(node) == "Pow" else None
+    return op(node) in _POLES and (exponent is None or exponent < 1)
 
 
 def _is_guarded(node: ir.Node, norms: set[ir.Node]) -> bool:
@@ -146,7 +152,7 @@ def _pole_facts(node: ir.Node, estimate: Estimate, proof: Proof) -> dict[str, Fa
     value = node.inputs[1] if op(node) == "Div" else node.inputs[0]
     exponent = scalar(node.inputs[1]) if op(node) == "Pow" else None
     x = estimate.moments.get(value) if value is not None else None
-    if value not in estimate.varies or x is None or (op(node) == "Pow" and (exponent is None or exponent >= 1)):
+    if value not in estimate.varies or x is None or (op(node) == "Pow" and exponent is None):
         return {}
     spread = _REACH * np.sqrt(np.maximum(x.var, 0))
     low, high = float(np.min(x.mean - spread)), float(np.max(x.mean + spread))

@@ -41,6 +41,7 @@ from gradlint.graph import (
 )
 from gradlint.layer_facts import layer_figures, layer_inputs, layer_row, place
 from gradlint.options import Options
+from gradlint.patterns import compositions, scalar
 from gradlint.positions import estimated_difference, last_features, told_apart
 from gradlint.probe import Probe, Request, Skipped
 from gradlint.recurrent_facts import Profiles
@@ -60,14 +61,15 @@ EXPORT_LINE = "torch.onnx.export(model.train(), args, 'model.onnx', dynamo=True,
 def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Request:
     """What the probe measures: outputs of layers, of sums, of poles, and of whatever several nodes read. pictures: and
     the histograms of a page."""
-    graph, poles = parts.graph, set(pole_nodes(parts, estimate))
+    graph, poles, composed = parts.graph, set(pole_nodes(parts, estimate)), compositions(parts.graph)
     values: list[str] = []
     known: set[ir.Value] = set()  # measured, or holding the elements of what is
     for n in graph:
         if op(n) in REORDERS and n.inputs[0] in known and _alone(n.inputs[0]):
             known.update(n.outputs)
         elif main_output(n) in n.outputs:  # else the sum with the bias stands for it
-            named = n in parts.layers or n in poles or op(n) in ("Add", "Sum")
+            sums = op(n) in ("Add", "Sum") and n not in composed and all(scalar(v) is None for v in n.inputs)
+            named = n in parts.layers or n in poles or sums
             chosen = [o for o in n.outputs if is_float(o) and (named or not _alone(o))]
             known.update(chosen)
             values += [str(o.name) for o in chosen]

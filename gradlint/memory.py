@@ -36,7 +36,7 @@ def keep() -> None:
 
 @contextmanager
 def at_hand(size: int) -> Iterator[None]:
-    """While the body runs, another thread has the kernel hand over `size` bytes: to the body, and to what comes after."""
+    """While the body runs, another thread has the kernel hand over `size` bytes, to it and what comes after."""
     if _libc is None:
         yield
         return

@@ -178,14 +178,14 @@ class Backward:
         """Sum `g`, shaped like the value `full`, over the axes along which `target` was broadcast."""
         big, small = full.shape, target.shape
         if big is None or small is None:
-            return self._unbroadcast_at_run(g, target)
+            return self.unbroadcast_at_run(g, target)
         lead = len(big) - len(small)
         axes = list(range(lead))
         for a, (n, m) in enumerate(zip(list(big)[lead:], small, strict=True)):
             if m == 1 and n != 1:
                 axes.append(lead + a)
             elif m != n and not isinstance(m, int):
-                return self._unbroadcast_at_run(g, target)
+                return self.unbroadcast_at_run(g, target)
         if not axes:
             return g
         if all(a < lead for a in axes):
@@ -201,7 +201,7 @@ class Backward:
         g = g if lead == 1 else self.op("Reshape", g, self.constant([rows, shape[-1]]))
         return self.op("MatMul", self.constant(np.ones(rows), kind.numpy()), g)
 
-    def _unbroadcast_at_run(self, g: ir.Value, target: ir.Value) -> ir.Value:
+    def unbroadcast_at_run(self, g: ir.Value, target: ir.Value) -> ir.Value:
         """Where symbols hide which axes were stretched: sum over the axes whose sizes differ, found when it runs."""
         shape = self.op("Shape", g, dtype=ir.DataType.INT64)
         rank = self.op("Size", shape, dtype=ir.DataType.INT64)

@@ -52,18 +52,18 @@ def canonicalize(
     lift(model)
     if dims is not None:
         freeze(model.graph, dims.settings)
-    _fold(model)
+    _fold(model, keep)
     assumed: tuple[str, ...] = ()
     if dims is None:
         infer_shapes(model)
     else:
         assumed = bind(model, dims, where)
-    _fold(model)
+    _fold(model, keep)
     while expand(model):
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _lower_settings(model)
         infer_shapes(model)
-        _fold(model)
+        _fold(model, keep)
     mark_constants(model)  # what folding made is no parameter either
     _remove_identities(model)
     common.RemoveUnusedNodesPass()(model)
@@ -156,11 +156,13 @@ def _remove_identities(model: ir.Model) -> None:
             graph.remove(node, safe=True)
 
 
-def _fold(model: ir.Model) -> None:
+def _fold(model: ir.Model, keep: frozenset[str]) -> None:
+    """Fold constants to a fixpoint, but for what is computed from a weight or from a value in `keep`."""
     from onnxscript.optimizer import fold_constants  # here: half of the start-up time, and reading errors need it not
 
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    weights = {v.name for g in (model.graph, *model.graph.subgraphs()) for v in g.initializers.values() if trainable(v)}
+    stored = [v for g in (model.graph, *model.graph.subgraphs()) for v in g.initializers.values()]
+    weights = {v.name for v in stored if trainable(v)} | keep
 
     def should_fold(node: ir.Node) -> bool | None:
         if any(v is not None and v.name in weights for v in node.inputs):

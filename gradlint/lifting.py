@@ -155,8 +155,27 @@ def _upsample(node: ir.Node, version: int) -> None:
 
 
 def _resize(node: ir.Node, version: int) -> None:
+    """Opset 10 has two inputs; 11 and 12 know TensorFlow's rule for the nearest, floor((y + 0.5) / scale)."""
     if version == 10:
         _upsample(node, version)
+    elif attribute(node, "coordinate_transformation_mode", "") == "tf_half_pixel_for_nn":
+        node.attributes["coordinate_transformation_mode"] = ir.AttrString(
+            "coordinate_transformation_mode", "half_pixel"
+        )
+        if attribute(node, "nearest_mode", "") == "floor":  # half a pixel less, half a pixel more
+            node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "round_prefer_ceil")
+
+
+def _grid_sample(node: ir.Node, version: int) -> None:
+    """Opset 20 names the modes for any number of dimensions."""
+    mode = attribute(node, "mode", "bilinear")
+    node.attributes["mode"] = ir.AttrString("mode", {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode))
+
+
+def _roi_align(node: ir.Node, version: int) -> None:
+    """Opset 16 shifts by half a pixel unless told otherwise."""
+    name = "coordinate_transformation_mode"
+    node.attributes[name] = ir.AttrString(name, "output_half_pixel")
 
 
 def _renamed(op_type: str) -> Callable[[ir.Node, int], None]:
@@ -214,7 +233,9 @@ _LIFTS: dict[str, tuple[int, Callable[[ir.Node, int], None]]] = {
     "Dropout": (12, _dropout),
     "BatchNormalization": (14, _batch_normalization),
     "Upsample": (10, _upsample),
-    "Resize": (11, _resize),
+    "Resize": (13, _resize),
+    "GridSample": (20, _grid_sample),
+    "RoiAlign": (16, _roi_align),
     "Scatter": (11, _renamed("ScatterElements")),
     "GroupNormalization": (21, _group_normalization),
     "DFT": (20, _dft),
@@ -244,30 +265,72 @@ def _time_major(node: ir.Node) -> None:
 
 
 def resolve_auto_pad(node: ir.Node) -> None:
-    """SAME_UPPER, SAME_LOWER and VALID become explicit pads (where the input's size is known)."""
+    """SAME_UPPER, SAME_LOWER and VALID become explicit pads where the input's size is known, or does not matter.
+
+    Else a Conv gets a Pad of its own, whose sizes are computed when it runs; of poolings `auto_pad` stays.
+    """
     mode = attribute(node, "auto_pad", "NOTSET")
     x = node.inputs[0] if node.inputs else None
     if mode == "NOTSET" or node.op_type not in ("Conv", "MaxPool", "AveragePool", "LpPool", "ConvTranspose"):
         return
     kernel = list(attribute(node, "kernel_shape", ()))
     if not kernel and len(node.inputs) > 1 and node.inputs[1] is not None and node.inputs[1].shape is not None:
-        kernel = [int(d) for d in node.inputs[1].shape.numpy()[2:]]
-    if x is None or x.shape is None or not all(isinstance(d, int) for d in x.shape[2:]):
+        kernel = [d for d in node.inputs[1].shape.dims[2:] if isinstance(d, int)]
+    if not kernel or attribute(node, "output_shape", ()):  # which says by itself what is cut off, and where
         return
     strides = list(attribute(node, "strides", ())) or [1] * len(kernel)
     dilations = list(attribute(node, "dilations", ())) or [1] * len(kernel)
-    begin: list[int] = []
-    end: list[int] = []
-    for size, k, s, d in zip(x.shape[2:], kernel, strides, dilations, strict=True):
-        span = (k - 1) * d + 1
-        if node.op_type == "ConvTranspose":
-            extra = list(attribute(node, "output_padding", ())) or [0] * len(kernel)
-            total = max(0, span + extra[len(begin)] - s)
+    extra = list(attribute(node, "output_padding", ())) or [0] * len(kernel)
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    sizes = list(x.shape.dims[2:]) if x is not None and x.shape is not None else [None] * len(kernel)
+    totals: list[int] = []
+    for size, span, stride, more in zip(sizes, spans, strides, extra, strict=True):
+        if mode == "VALID":
+            totals.append(0)
+        elif node.op_type == "ConvTranspose":
+            totals.append(max(0, span + more - stride))
+        elif stride == 1:
+            totals.append(span - 1)
+        elif isinstance(size, int):
+            totals.append(max(0, (math.ceil(size / stride) - 1) * stride + span - size))
         else:
-            total = max(0, (math.ceil(size / s) - 1) * s + span - size)
-        total = 0 if mode == "VALID" else total
-        small, large = total // 2, total - total // 2
-        begin.append(large if mode == "SAME_LOWER" else small)
-        end.append(small if mode == "SAME_LOWER" else large)
-    node.attributes["pads"] = ir.AttrInt64s("pads", begin + end)
+            if node.op_type == "Conv":
+                _pad_at_run(node, mode, spans, strides)
+            return
+    small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
+    node.attributes["pads"] = ir.AttrInt64s("pads", large + small if mode == "SAME_LOWER" else small + large)
+    node.attributes["auto_pad"] = ir.AttrString("auto_pad", "NOTSET")
+
+
+def _pad_at_run(node: ir.Node, mode: str, spans: list[int], strides: list[int]) -> None:
+    """Zeros around x, (ceil(n / s) - 1) s + span - n of them along an axis of n elements, in a node before a Conv."""
+    x, graph = node.inputs[0], node.graph
+    assert x is not None
+    assert graph is not None
+    nodes: list[ir.Node] = []
+
+    def made(op_type: str, *inputs: ir.Value | int | list[int], **attributes: int) -> ir.Value:
+        name = f"{node.name}.auto_pad.{len(nodes)}"
+        values = [
+            v if isinstance(v, ir.Value) else constant(graph, f"{name}.{k}", np.array(v)) for k, v in enumerate(inputs)
+        ]
+        nodes.append(ir.node(op_type, values, attributes, name=name))
+        result = nodes[-1].outputs[0]
+        result.name, result.dtype = name, ir.DataType.INT64
+        return result
+
+    size = made("Shape", x, start=2)
+    windows = made("Div", made("Add", size, [s - 1 for s in strides]), strides)
+    covered = made("Add", made("Mul", made("Sub", windows, 1), strides), spans)
+    total = made("Max", made("Sub", covered, size), 0)
+    small = made("Div", total, 2)
+    large = made("Sub", total, small)
+    begin, end = (large, small) if mode == "SAME_LOWER" else (small, large)
+    padded = made("Pad", x, made("Concat", [0, 0], begin, [0, 0], end, axis=0))
+    padded.type = x.type
+    if x.shape is not None:
+        padded.shape = ir.Shape([*x.shape.dims[:2], *[None] * len(spans)])
+    graph.insert_before(node, nodes)
+    node.replace_input_with(0, padded)
+    node.attributes["pads"] = ir.AttrInt64s("pads", [0] * (2 * len(spans)))
     node.attributes["auto_pad"] = ir.AttrString("auto_pad", "NOTSET")

@@ -14,6 +14,7 @@ from gradlint.exceptions import DataError
 from gradlint.graph import dims
 from gradlint.load import from_proto
 from gradlint.patterns import normalisations
+from gradlint.reverse import differentiate
 from gradlint.testing import session
 
 RNG = np.random.default_rng(3)
@@ -59,6 +60,18 @@ OLD_FORMS = {
     "top k attribute": single("TopK", 7, outputs=2, k=2),
     "upsample": single("Upsample", 9, np.array([1, 1, 2, 3], np.float32), mode="nearest"),
     "resize ten": single("Resize", 10, np.array([1, 1, 2, 2], np.float32), mode="linear"),
+    "resize as tensorflow": single(
+        "Resize", 11, np.array([], np.float32), np.array([1, 1, 1.7, 0.6], np.float32), mode="nearest",
+        coordinate_transformation_mode="tf_half_pixel_for_nn", nearest_mode="floor",
+    ),
+    "grid sample": single("GridSample", 16, RNG.uniform(-1.2, 1.2, (2, 5, 4, 2)).astype(np.float32)),
+    "grid sample bicubic": single(
+        "GridSample", 16, RNG.uniform(-1.2, 1.2, (2, 5, 4, 2)).astype(np.float32), mode="bicubic"
+    ),
+    "regions of interest": single(
+        "RoiAlign", 10, np.array([[0, 0, 4, 3], [1, 0.5, 5, 3]], np.float32), np.array([0, 1]),
+        output_height=2, output_width=3,
+    ),
     "dropout ratio": single("Dropout", 7, ratio=0.3),
     "batch normalisation": single(
         "BatchNormalization", 7, *(np.abs(RNG.standard_normal(3)).astype(np.float32) for _ in range(4))
@@ -71,7 +84,7 @@ OLD_FORMS = {
     "transposed auto pad": single(
         "ConvTranspose", 11, RNG.standard_normal((3, 5, 3, 2)).astype(np.float32), auto_pad="SAME_UPPER", strides=[2, 2]
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OLD_FORMS)
@@ -105,6 +118,20 @@ def test_shape_arithmetic_is_folded_and_the_batch_bound() -> None:
     loaded = canonical(model, Dims(batch=5))
     assert [n.op_type for n in loaded.graph] == ["Reshape"]
     assert dims(loaded.graph.outputs[0]) == (5, 12)
+
+
+def test_what_is_computed_from_a_kept_value_is_not_folded() -> None:
+    """A scalar is no weight unless it is asked for: its gradient is, and that of what is computed from it."""
+    model = text(
+        f"""{HEADER} scaled (float[2, 3] x) => (float[2, 3] y)
+        <float[1] log_scale = {{0.5}}, float[1] bias = {{-0.25}}> {{
+            shifted = Add(log_scale, bias)  scale = Exp(shifted)  y = Mul(x, scale) }}"""
+    )
+    feed = {"x": X[0, 0, :2, :3], "y.cotangent": X[0, 1, :2, :3]}
+    back = differentiate(model, wrt=["log_scale", "shifted"])
+    found = session(back).run(["log_scale.grad", "shifted.grad"], feed)
+    expected = np.sum(feed["x"] * feed["y.cotangent"]) * np.exp(0.25)
+    np.testing.assert_allclose(found, [[expected]] * 2, rtol=1e-5)
 
 
 def test_a_weight_is_never_folded() -> None:

@@ -85,6 +85,8 @@ def test_conv_in_three_dimensions(group: int) -> None:
         ((4, 3, 5, 6), (3, 4, 2, 2), {"strides": [2, 2]}),
         ((4, 3, 5, 6), (3, 4, 3, 3), {"strides": [2, 2], "pads": [1, 1, 1, 1], "output_padding": [1, 1]}),
         ((4, 3, 5, 6), (3, 4, 3, 3), {"strides": [3, 2], "output_shape": [14, 12]}),
+        ((4, 3, 5, 6), (3, 4, 2, 2), {"strides": [2, 2], "output_shape": [9, 11], "auto_pad": "SAME_UPPER"}),
+        ((4, 3, 5, 6), (3, 4, 2, 2), {"strides": [2, 2], "output_shape": [9, 11], "auto_pad": "SAME_LOWER"}),
         ((4, 3, 5, 6), (3, 4, 3, 3), {"dilations": [2, 2], "pads": [1, 0, 2, 1]}),
         ((4, 4, 5, 6), (4, 3, 3, 3), {"strides": [2, 2], "group": 2}),
         ((4, 4, 5, 6), (4, 1, 4, 4), {"strides": [2, 2], "group": 4, "pads": [1, 1, 1, 1]}),
@@ -95,6 +97,43 @@ def test_conv_in_three_dimensions(group: int) -> None:
 def test_conv_transpose(x: tuple[int, ...], w: tuple[int, ...], attributes: dict[str, Any]) -> None:
     bias = normal(w[1] * attributes.get("group", 1))
     check_op("ConvTranspose", Activation(x, mean=0.5), normal(*w), bias, **attributes)
+
+
+PADDED = [
+    'Conv<auto_pad="SAME_UPPER">(x, w)',
+    'Conv<auto_pad="SAME_LOWER">(x, w)',
+    'Conv<auto_pad="SAME_UPPER", strides=[2, 3]>(x, w)',
+    'Conv<auto_pad="SAME_LOWER", strides=[2, 2], group=2>(x, half)',
+    'Conv<auto_pad="VALID", strides=[2, 2]>(x, w)',
+    'ConvTranspose<auto_pad="SAME_LOWER", strides=[2, 1]>(x, w)',
+    'AveragePool<auto_pad="SAME_UPPER", kernel_shape=[3, 2]>(x)',
+    'MaxPool<auto_pad="SAME_UPPER", kernel_shape=[3, 3], strides=[2, 2]>(x)',
+]
+
+
+@pytest.mark.parametrize("layer", PADDED)
+def test_auto_pad_of_symbolic_sizes(layer: str) -> None:
+    """The gradients are those of the same model with its sizes written out."""
+    weights = {"w": normal(4, 4, 3, 2), "half": normal(4, 2, 3, 2)}
+    feed = {"x": RNG.standard_normal((2, 4, 7, 8)).astype(np.float32)}
+    found: list[list[np.ndarray]] = []
+    for shape in ("2, 4, 7, 8", "N, 4, H, W"):
+        proto = onnx.parser.parse_model(
+            f'<ir_version: 10, opset_import: ["" : 21]> g (float[{shape}] x) => (float[N, C, P, Q] y) {{ y = {layer} }}'
+        )
+        proto.graph.initializer.extend(
+            onnx.numpy_helper.from_array(a, n) for n, a in weights.items() if n in proto.graph.node[0].input
+        )
+        if not found:
+            y = session(proto).run(None, feed)[0]
+            feed["y.cotangent"] = RNG.standard_normal(y.shape).astype(np.float32)
+        back = differentiate(proto)
+        onnx.checker.check_model(back)
+        names = [o.name for o in back.graph.output]
+        assert names == ["y", "x.grad", *(f"{i.name}.grad" for i in proto.graph.initializer)]
+        found.append(session(back).run(names, feed))
+    for static, symbolic in zip(*found, strict=True):
+        np.testing.assert_allclose(symbolic, static, rtol=1e-4, atol=1e-4)
 
 
 # -- FusedConv is the sum of its parts, whose rows are proved on their own --------------------------------------------

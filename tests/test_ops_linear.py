@@ -1,10 +1,12 @@
 """Matrix products."""
 
 import numpy as np
+import onnx
 import pytest
 
 from gradlint.ops.linear import operator_norm
-from gradlint.testing import Activation, check_op
+from gradlint.reverse import differentiate
+from gradlint.testing import Activation, check_op, session
 
 RNG = np.random.default_rng(1)
 
@@ -50,6 +52,38 @@ def test_matmul_of_two_activations(a: tuple[int, ...], b: tuple[int, ...]) -> No
 )
 def test_matmul_of_vectors_has_a_vjp(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     check_op("MatMul", Activation(a), Activation(b), moments=None, pullback=None)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((1, 2, 4, 6), (2, 6, 5)),
+        ((4, 6), (1, 1, 6, 5)),
+        ((1, 3, 4, 6), (2, 1, 1, 6, 5)),
+        ((3, 1, 4, 6), (1, 2, 6, 5)),
+    ],
+)
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_matmul_of_stacks_that_are_broadcast(a: tuple[int, ...], b: tuple[int, ...], symbolic: bool) -> None:
+    """dA = G B^T and dB = A^T G, summed over what was broadcast, in the operands' own shapes."""
+    named = {n: [f"{n}{k}" for k in range(len(s))] if symbolic else s for n, s in (("a", a), ("b", b))}
+    inputs = [onnx.helper.make_tensor_value_info(n, 1, s) for n, s in named.items()]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["a", "b"], ["y"])],
+        "product",
+        inputs,
+        [onnx.helper.make_tensor_value_info("y", 1, [None] * max(len(a), len(b)))],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    x, w = normal(*a), normal(*b)
+    g = normal(*(x @ w).shape)
+    feed = {"a": x, "b": w, "y.cotangent": g}
+    da, db = session(differentiate(model)).run(["a.grad", "b.grad"], feed)
+    for found, shape, full in ((da, a, g @ w.swapaxes(-1, -2)), (db, b, x.swapaxes(-1, -2) @ g)):
+        lead = full.ndim - len(shape)
+        axes = tuple(k for k in range(full.ndim - 2) if k < lead or shape[k - lead] == 1)
+        assert found.shape == shape
+        np.testing.assert_allclose(found, full.sum(axes).reshape(shape), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("attributes", [{}, {"transB": 1}, {"alpha": 0.5, "beta": 2.0}, {"transB": 1, "alpha": 2.0}])

@@ -131,6 +131,12 @@ def test_slice(starts: Any, ends: Any, axes: Any, steps: Any) -> None:
     check_op("Slice", Activation((8, 5, 7), mean=0.5), ints(*starts), ints(*ends), ints(*axes), *extra)
 
 
+def test_slice_of_nothing() -> None:
+    """The backward pass is all zeros, of the input's shape."""
+    nothing = [ints(2, -1), ints(-1, -6), ints(1, 2), ints(-2, 1)]
+    check_op("Slice", Activation((8, 2, 4)), *nothing, moments=None, pullback=None, proof=False)
+
+
 def test_slice_of_leading_axes() -> None:
     check_op("Slice", Activation((8, 5, 7), mean=0.5), ints(0, 1), ints(8, 3))
 

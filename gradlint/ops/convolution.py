@@ -387,18 +387,22 @@ row("Conv", moments=conv_moments, range=conv_range, pullback=conv_pullback, boun
 def transpose_geometry(node: ir.Node, rank: int) -> Geometry:
     """Attributes of a ConvTranspose as those of the Conv it is the adjoint of.
 
-    `output_shape` overrides the pads: the total is what gives that size, the larger half at the beginning.
+    `output_shape` overrides the pads: the total is what gives that size, the larger half at the beginning but for
+    SAME_UPPER.
     """
     at = geometry(node, rank)
-    sizes, given = dims(node.inputs[0]), attribute(node, "output_shape", ())
-    kernel = attribute(node, "kernel_shape", ()) or (dims(node.inputs[1]) or ())[2:]
-    if not given or sizes is None or not kernel:
+    given = attribute(node, "output_shape", ())
+    if not given:
         return at
+    sizes, kernel = dims(node.inputs[0]), attribute(node, "kernel_shape", ()) or (dims(node.inputs[1]) or ())[2:]
+    if sizes is None or not kernel:
+        raise Unsupported("an output_shape of an input whose sizes are not known")
     extra = attribute(node, "output_padding", ()) or (0,) * rank
     rows = zip(sizes[2:], kernel, at.strides, at.dilations, extra, given[-rank:], strict=True)
     totals = [max(0, s * (n - 1) + e + d * (k - 1) + 1 - out) for n, k, s, d, e, out in rows]
-    begin = tuple(t - t // 2 for t in totals)
-    return Geometry(at.strides, at.dilations, begin, tuple(t // 2 for t in totals), at.group)
+    small, large = tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
+    begin, end = (small, large) if attribute(node, "auto_pad", "NOTSET") == "SAME_UPPER" else (large, small)
+    return Geometry(at.strides, at.dilations, begin, end, at.group)
 
 
 def conv_transpose_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:

@@ -347,19 +347,18 @@ def _fold_stack(b: Backward, d: ir.Value | None, target: ir.Value | None, y: ir.
     if d is None or target is None:
         return None
     lead = max(0, rank - 2)
-    shape = dims(target)
-    out = dims(y)
-    if shape is not None and out is not None and len(shape) >= 2:
-        own = (1,) * (lead - len(shape) + 2) + shape[:-2]
-        axes = [a for a, (n, m) in enumerate(zip(out[:lead], own, strict=True)) if m == 1 and n != 1]
-        if not axes:
-            return d
-        return b.op("Reshape", b.sum_over(d, axes), b.shape(target))
-    missing = rank - (len(target.shape) if target.shape is not None else rank)
-    if len(target.shape or ()) == 1:
-        missing = rank - 2
-    summed_ = b.sum_over(d, list(range(max(0, missing))))
-    return b.op("Reshape", summed_, b.shape(target))
+    if target.shape is not None and len(target.shape) == 1:
+        return b.op("Reshape", b.sum_over(d, range(lead)), b.shape(target))
+    if target.shape is None or y.shape is None:
+        return b.unbroadcast_at_run(d, target)
+    own = [1] * (rank - len(target.shape)) + list(target.shape.dims[:-2])
+    stack = list(zip(own, y.shape.dims[:lead], strict=True))
+    if any(not isinstance(m, int) and m != n for m, n in stack):
+        return b.unbroadcast_at_run(d, target)
+    axes = [a for a, (m, n) in enumerate(stack) if m == 1 and n != 1]
+    if not axes and len(target.shape) == rank:
+        return d
+    return b.op("Reshape", b.sum_over(d, axes), b.shape(target))
 
 
 row(

@@ -90,7 +90,7 @@ def windows(node: ir.Node) -> Windows | None:
         return None
     sizes, outs = ([n for n in v.shape.dims[2:] if isinstance(n, int)] for v in (x, y))  # type: ignore[union-attr]
     rank = len(x.shape) - 2
-    if len(sizes) < rank or len(outs) < rank or 0 in sizes or 0 in outs:
+    if len(sizes) < rank or len(outs) < rank or min((*sizes, *outs)) <= 0:
         return None
     kernel = tuple(sizes) if node.op_type.startswith("Global") else tuple(attribute(node, "kernel_shape", ()))
     return Windows(tuple(sizes), tuple(outs), kernel, geometry(node, rank))
@@ -159,8 +159,8 @@ def summed_back(b: Backward, node: ir.Node, g: ir.Value) -> ir.Value:
     assert x is not None
     if w is not None:
         return adjoint(b, g, w.sums, pooled_shape(node))
-    if x.shape is None:
-        raise Unsupported
+    if x.shape is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+        raise Unsupported("pads that depend on sizes that are not known")
     rank, y = len(x.shape) - 2, node.outputs[0]
     assert g.dtype is not None
     ones = b.constant(np.ones((1, 1, *attribute(node, "kernel_shape", ()))), g.dtype.numpy())

@@ -131,6 +131,10 @@ def _put_back(
     for axis, start, (n, m), step in zip(axes, (int(s) for s in first), sizes, steps, strict=True):
         assert n is not None
         assert m is not None
+        if m == 0:  # nothing was taken
+            low.append(0)
+            high.append(n)
+            continue
         begin = min(max(start + n if start < 0 else start, 0), n if step > 0 else n - 1) + (m - 1) * min(step, 0)
         size = m
         if abs(step) > 1:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from gradlint.graph import attribute
+from gradlint.graph import attribute, constant_array
 
 TARGET_OPSET = 21
 
@@ -151,7 +151,24 @@ def _upsample(node: ir.Node, version: int) -> None:
     node.replace_input_with(2, scales)
     node.attributes["coordinate_transformation_mode"] = ir.AttrString("coordinate_transformation_mode", "asymmetric")
     if attribute(node, "mode", "nearest") == "nearest":
-        node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "floor")
+        _nearest(node, constant_array(scales) if scales is not None else None)
+
+
+def _nearest(node: ir.Node, scales: np.ndarray | None) -> None:
+    """Opset 10 rounds down along axes that grow and up along those that shrink: one Resize for each."""
+    shrinks = scales is not None and scales.min(initial=1) < 1
+    node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "ceil" if shrinks else "floor")
+    if scales is None or not shrinks or scales.max() <= 1:
+        return
+    assert node.graph is not None
+    first = ir.node("Resize", node.inputs[:2], node.attributes, name=f"{node.name}.larger")
+    first.resize_inputs(3)
+    first.replace_input_with(2, constant(node.graph, f"{node.name}.larger.scales", np.maximum(scales, 1)))
+    first.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "floor")
+    first.outputs[0].type = node.outputs[0].type
+    node.graph.insert_before(node, first)
+    node.replace_input_with(0, first.outputs[0])
+    node.replace_input_with(2, constant(node.graph, f"{node.name}.smaller.scales", np.minimum(scales, 1)))
 
 
 def _resize(node: ir.Node, version: int) -> None:

@@ -60,6 +60,8 @@ OLD_FORMS = {
     "top k attribute": single("TopK", 7, outputs=2, k=2),
     "upsample": single("Upsample", 9, np.array([1, 1, 2, 3], np.float32), mode="nearest"),
     "resize ten": single("Resize", 10, np.array([1, 1, 2, 2], np.float32), mode="linear"),
+    "resize ten shrinks": single("Resize", 10, np.array([1, 1, 0.6, 0.7], np.float32)),
+    "resize ten shrinks and grows": single("Resize", 10, np.array([1, 1, 0.6, 1.8], np.float32), mode="nearest"),
     "resize as tensorflow": single(
         "Resize", 11, np.array([], np.float32), np.array([1, 1, 1.7, 0.6], np.float32), mode="nearest",
         coordinate_transformation_mode="tf_half_pixel_for_nn", nearest_mode="floor",

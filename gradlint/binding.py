@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnx_ir.passes import common
 from gradlint.exceptions import DataError
 from gradlint.graph import FLOATS, dims, is_float, op
 from gradlint.iterations import settle_shapes
+from gradlint.subgraphs import subgraphs
 
 # Sizes tried, in this order, for dimensions nobody gave: images, then sequences and the rest.
 _IMAGE_SIZES = (64, 32, 48, 96, 128, 224, 256, 320, 512)
@@ -201,7 +203,27 @@ def _inferred(model: ir.Model) -> bool:
     ok = common.ShapeInferencePass(strict_mode=True)(model).modified
     if not ok:
         common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
+    for node in model.graph.all_nodes():
+        _type_sequences(node)
     return ok
+
+
+_SEQUENCES = (
+    "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence",
+)  # fmt: skip
+
+
+def _type_sequences(node: ir.Node) -> None:
+    """onnx_ir takes every value without a declared type for a tensor."""
+    same: Sequence[ir.Value | None] = ()
+    if op(node) == "Identity":
+        same = node.inputs
+    elif op(node) in ("If", "Loop"):
+        same = subgraphs(node)[0].outputs[-len(node.outputs) :]
+    for output, like in itertools.zip_longest(node.outputs, same):
+        sequence = op(node) in _SEQUENCES or (like is not None and isinstance(like.type, ir.SequenceType))
+        if sequence and isinstance(output.type, ir.TensorType):
+            output.type = ir.SequenceType(output.type)
 
 
 def _guess_foreign(model: ir.Model) -> bool:

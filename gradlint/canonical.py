@@ -17,10 +17,11 @@ from gradlint.binding import Dims, bind, freeze, infer_shapes
 from gradlint.exceptions import ModelError
 from gradlint.expansion import expand
 from gradlint.fused import take_apart
-from gradlint.graph import mark_constants, trainable
+from gradlint.graph import mark_constants, op, trainable
 from gradlint.invariants import read_invariants_outside
 from gradlint.lifting import lift, resolve_auto_pad
 from gradlint.respelling import respell
+from gradlint.subgraphs import name_outputs
 
 _SHAPE_LIKE = 64  # elements: more than any shape, pads or axes have
 _FOLD_LIMIT = 1 << 24  # elements of one folded result: beyond that the file is a bomb or folding saves nothing
@@ -39,9 +40,10 @@ def canonicalize(
         take_apart(graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveInitializersFromInputsPass()(model)
+    name_outputs(model)
     read_invariants_outside(model)
-    _lift_weights(model)
-    _lower_settings(model)
+    _lift_weights(model, keep)
+    _lower_settings(model, keep)
     mark_constants(model)
     _name_nodes(model)
     outputs = list(model.graph.outputs)
@@ -61,7 +63,7 @@ def canonicalize(
     _fold(model, keep)
     while expand(model):
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        _lower_settings(model)
+        _lower_settings(model, keep)
         infer_shapes(model)
         _fold(model, keep)
     mark_constants(model)  # what folding made is no parameter either
@@ -97,8 +99,9 @@ def _name_nodes(model: ir.Model) -> None:
         node.name = name
 
 
-def _lift_weights(model: ir.Model) -> None:
-    """Weights stored in the body of an If, Loop or Scan move to the main graph: bodies read them from outside.
+def _lift_weights(model: ir.Model, keep: frozenset[str]) -> None:
+    """Weights stored in the body of an If, Loop or Scan move to the main graph: bodies read them from outside. So does
+    what `keep` names.
 
     Settings stay: shape inference looks for axes and shapes in the body only.
     """
@@ -106,7 +109,7 @@ def _lift_weights(model: ir.Model) -> None:
     taken = {v.name for v in main.inputs} | {o.name for n in main.all_nodes() for o in n.outputs}
     for graph in main.subgraphs():
         for name, value in list(graph.initializers.items()):
-            if value.is_graph_input() or value.is_graph_output() or not trainable(value):
+            if value.is_graph_input() or value.is_graph_output() or not (name in keep or trainable(value)):
                 continue
             del graph.initializers[name]
             unique, k = name, 0
@@ -117,7 +120,7 @@ def _lift_weights(model: ir.Model) -> None:
             main.register_initializer(value)
 
 
-def _lower_settings(model: ir.Model) -> None:
+def _lower_settings(model: ir.Model, keep: frozenset[str]) -> None:
     """Axes, shapes and the like that a body reads from outside get a copy in it: shape inference looks no further."""
     taken = {o.name for n in model.graph.all_nodes() for o in n.outputs} | set(model.graph.initializers)
     for graph in model.graph.subgraphs():
@@ -126,7 +129,7 @@ def _lower_settings(model: ir.Model) -> None:
             for k, value in enumerate(node.inputs):
                 if value is None or value.const_value is None or value.graph is graph:
                     continue
-                if value.const_value.size > _SHAPE_LIKE or trainable(value):
+                if value.const_value.size > _SHAPE_LIKE or value.name in keep or trainable(value):
                     continue
                 if value not in copies:
                     name = f"{graph.name}/{value.name}"
@@ -141,12 +144,19 @@ def _lower_settings(model: ir.Model) -> None:
 
 
 def _remove_identities(model: ir.Model) -> None:
-    """Identity and Dropout do nothing here; one that names a graph output must stay if its input is named elsewhere."""
+    """Identity, Dropout and taking out of an Optional what was put in do nothing here; one that names a graph output
+    must stay if its input is named elsewhere."""
     for graph in (model.graph, *model.graph.subgraphs()):
         for node in list(graph):
-            if node.domain or node.op_type not in ("Identity", "Dropout") or any(o.uses() for o in node.outputs[1:]):
+            kind = "" if node.domain else node.op_type
+            if kind not in ("Identity", "Dropout", "OptionalGetElement") or any(o.uses() for o in node.outputs[1:]):
                 continue
             x, y = node.inputs[0], node.outputs[0]
+            if kind == "OptionalGetElement":
+                wrapped = x.producer() if x is not None else None
+                if wrapped is None or op(wrapped) != "Optional" or not wrapped.inputs:
+                    continue
+                x = wrapped.inputs[0]
             assert x is not None
             if any(o.is_graph_output() for o in node.outputs):
                 if x.graph is not graph or x.producer() is None or x.is_graph_output() or len(node.outputs) > 1:

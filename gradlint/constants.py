@@ -76,6 +76,8 @@ def evaluator(
 
 def _run(node: ir.Node, inputs: list[np.ndarray | None], opset: int) -> list[np.ndarray] | None:
     """One operator on arrays: NumPy for the moves that weights pass through, ONNX's reference for the rest."""
+    if not inputs:
+        return None
     first = inputs[0]
     if op(node) == "Transpose" and first is not None:
         perm = node.attributes.get("perm")
@@ -103,6 +105,8 @@ def _run(node: ir.Node, inputs: list[np.ndarray | None], opset: int) -> list[np.
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
     try:
         results = ReferenceEvaluator(model).run(None, arrays)
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return None
+    if any(isinstance(r, list) for r in results):  # sequences
         return None
     return [np.asarray(r) for r in results]

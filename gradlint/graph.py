@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
@@ -79,6 +79,11 @@ def _is_bias(value: ir.Value | None) -> bool:
 
 
 def is_float(value: ir.Value | None) -> bool:
+    return holds_floats(value) and not isinstance(value.type, (ir.SequenceType, ir.OptionalType))
+
+
+def holds_floats(value: ir.Value | None) -> TypeGuard[ir.Value]:
+    """Is it a float tensor, or a sequence of them?"""
     return value is not None and value.dtype in FLOATS
 
 
@@ -136,7 +141,8 @@ def trainable(value: ir.Value) -> bool:
         return any(f"%{p}" in (fx_node(u.node) or "") for u in uses for p in parents)
     if not uses or all(u.idx in _SETTINGS.get(op(u.node), ()) for u in uses):
         return False
-    if all(op(u.node) in ("Sub", "Div", "Mul", "Add") and _reads_input(u.node) for u in uses) and tensor.size <= 4:
+    steps = ("Sub", "Div", "Mul", "Add")
+    if tensor.size <= 4 and all(op(u.node) in steps and _reads_input(u.node, value.graph) for u in uses):
         return False  # mean and standard deviation of the input's channels
     return not (all(op(u.node) in ("Add", "Mul", "Sub") for u in uses) and _is_mask(tensor))
 
@@ -163,8 +169,9 @@ def mark_constant(value: ir.Value) -> None:
     value.metadata_props[_KIND] = "CONSTANT"
 
 
-def _reads_input(node: ir.Node) -> bool:
-    return any(v is not None and v.is_graph_input() for v in node.inputs)
+def _reads_input(node: ir.Node, graph: ir.Graph | None) -> bool:
+    """Does it read an input of the graph (and not one of a body in it)?"""
+    return any(v is not None and v.is_graph_input() and v.graph is graph for v in node.inputs)
 
 
 def _is_mask(tensor: ir.TensorProtocol) -> bool:

@@ -98,6 +98,8 @@ def from_proto(proto: onnx.ModelProto, where: str, folder: Path, size: int | Non
         raise ModelError(f"{where}: the tensors need {inside} bytes, the file has {size}: the file is damaged")
     _check_names(proto.graph, where)
     _check_types(proto.graph, where)
+    for graph in (proto.graph, *proto.functions):
+        _check_bodies(graph, where)
     try:
         model = ir.from_proto(proto)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
@@ -297,6 +299,37 @@ def _check_names(graph: onnx.GraphProto, where: str) -> None:
         for value in current.output:
             if value.name not in scope:
                 raise ModelError(f"{where}: output {value.name!r} is not defined by any node")
+
+
+# The bodies of an operator, and how many outputs they give beyond its own.
+_BODIES: dict[str, dict[str, int]] = {
+    "If": {"then_branch": 0, "else_branch": 0},
+    "Loop": {"body": 1},
+    "Scan": {"body": 0},
+}
+
+
+def _check_bodies(graph: onnx.GraphProto | onnx.FunctionProto, where: str) -> None:
+    """If, Loop and Scan have their bodies, which take and give what the node does (it may leave outputs out)."""
+    for node in graph.node:
+        bodies = {a.name: a.g for a in node.attribute if a.HasField("g")}
+        for body in bodies.values():
+            _check_bodies(body, where)
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _BODIES:
+            continue
+        name = f"{where}: {node.op_type} {node.name or next(iter(node.output), '')!r}"
+        for part, beyond in _BODIES[node.op_type].items():
+            if part not in bodies:
+                raise ModelError(f"{name} has no {part}")
+            takes, gives = len(bodies[part].input), len(bodies[part].output) - beyond
+            given = 0 if node.op_type == "If" else len(node.input)
+            batched = node.op_type == "Scan" and takes == given - 1  # as opset 8 had it
+            if takes != given and not batched:
+                raise ModelError(f"{name}: its {part} takes {takes} inputs, not {given}")
+            if gives < len(node.output):
+                raise ModelError(f"{name}: its {part} gives {gives} outputs, the node has {len(node.output)}")
+        if len({len(body.output) for body in bodies.values()}) > 1:
+            raise ModelError(f"{name}: its branches give different numbers of outputs")
 
 
 def _count_nodes(graph: onnx.GraphProto) -> int:

@@ -19,7 +19,7 @@ import gradlint.ops  # noqa: F401  (fills the tables)
 from gradlint.backward import Backward, Cut, Unsupported
 from gradlint.canonical import canonicalize
 from gradlint.exceptions import UsageError
-from gradlint.graph import is_float, op, trainable
+from gradlint.graph import holds_floats, is_float, op, trainable
 from gradlint.load import from_proto, read
 from gradlint.subgraphs import captured, inner
 from gradlint.transfer import BLOCKED, VJP
@@ -62,7 +62,7 @@ def backward(
             continue
         back = _pulled(b, node, gs)
         if back is None:
-            b.tainted.update(v for v in inputs if is_float(v))
+            b.tainted.update(v for v in inputs if holds_floats(v))
             b.cuts.append(Cut(str(node.name), op(node)))
             continue
         b.reached.add(node)
@@ -105,11 +105,11 @@ def _pulled(b: Backward, node: ir.Node, gs: Sequence[ir.Value | None]) -> Sequen
 
 
 def _reachable(order: Sequence[ir.Node], wanted: Sequence[ir.Value]) -> set[ir.Value]:
-    """The float values that depend on one of `wanted`."""
+    """The float values, and sequences of them, that depend on one of `wanted`."""
     needs = set(wanted)
     for node in order:
         if any(v in needs for v in (*node.inputs, *captured(node))):
-            needs.update(o for o in node.outputs if is_float(o) or o.dtype is None)
+            needs.update(o for o in node.outputs if holds_floats(o) or o.dtype is None)
     return needs
 
 

@@ -23,6 +23,23 @@ def subgraphs(node: ir.Node) -> list[ir.Graph]:
     return found
 
 
+def name_outputs(model: ir.Model) -> None:
+    """Every output of an If, Loop or Scan gets a name, in place: onnxruntime crashes where a Loop's are left out."""
+    taken = {o.name for n in model.graph.all_nodes() for o in n.outputs}
+    for graph in (model.graph, *model.graph.subgraphs()):
+        taken.update(v.name for v in (*graph.inputs, *graph.initializers.values()))
+    for node in model.graph.all_nodes():
+        if node.domain not in ("", "ai.onnx") or node.op_type not in ("If", "Loop", "Scan"):
+            continue
+        node.resize_outputs(len(subgraphs(node)[0].outputs) - (node.op_type == "Loop"))
+        for k, output in enumerate(node.outputs):
+            if not output.name:
+                output.name = f"{node.name or node.op_type}/output_{k}"
+                while output.name in taken:
+                    output.name += "'"
+                taken.add(output.name)
+
+
 def captured(node: ir.Node) -> list[ir.Value]:
     """The values that the bodies of a node read from outside, at any depth, each once."""
     reads: dict[ir.Value, None] = {}

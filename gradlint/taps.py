@@ -46,7 +46,7 @@ def tap_value(taps: Taps, name: str, value: ir.Value, g: ir.Value | None, batch:
     if g is not None:
         taps.add("grad", name, b.op("ReduceSumSquare", g, keepdims=0))
     shape = dims(value)
-    if not is_float(value) or shape is None or value.is_graph_input():
+    if not is_float(value) or shape is None or 0 in shape or value.is_graph_input():
         return
     taps.add("square", name, b.op("ReduceSumSquare", value, keepdims=0))
     axis = batch_axis(shape, batch)

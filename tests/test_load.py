@@ -227,6 +227,26 @@ def test_subgraphs_are_checked_too(tmp_path: Path) -> None:
     assert "'missing'" in refused(write(tmp_path, model.SerializeToString()))
 
 
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "branches", "said"),
+    [
+        (["z"], ["c"], ("then_branch",), "If 'z' has no else_branch"),
+        (["z", "q"], ["c"], ("then_branch", "else_branch"), "If 'z': its then_branch gives 1 outputs, the node has 2"),
+        (["z"], ["", "c", "y"], ("body",), "Loop 'z': its body takes 0 inputs, not 3"),
+    ],
+)
+def test_bodies_that_do_not_fit_their_node(
+    tmp_path: Path, outputs: list[str], inputs: list[str], branches: tuple[str, ...], said: str
+) -> None:
+    result = helper.make_tensor_value_info("r", TensorProto.FLOAT, None)
+    body = helper.make_graph([helper.make_node("Relu", ["y"], ["r"])], "b", [], [result])
+    model = linear()
+    model.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
+    op = "If" if "then_branch" in branches else "Loop"
+    model.graph.node.append(helper.make_node(op, inputs, outputs, **dict.fromkeys(branches, body)))
+    assert said in refused(write(tmp_path, model.SerializeToString()))
+
+
 def test_a_model_with_external_data_is_measured_like_one_without(tmp_path: Path) -> None:
     inside = write(tmp_path, linear().SerializeToString(), "inside.onnx")
     outside = write(tmp_path, linear(external="w.bin").SerializeToString(), "outside.onnx")

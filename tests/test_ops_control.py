@@ -235,6 +235,31 @@ def test_loop_whose_length_is_known_only_when_it_runs(steps: int) -> None:
     )
 
 
+@pytest.mark.parametrize("left_out", [["h"], ["all"], ["h", "all"]])
+def test_a_loop_whose_outputs_are_left_out(left_out: list[str]) -> None:
+    """A name for each: onnxruntime crashes where one is missing before another, and refuses one missing at the end."""
+    text = """
+        m (T[2, 4] x) => (T[2, 4] y) <int64 n = {3}> {
+            h, y, all = Loop (n, , x, x) <body = step (int64 i, bool c, T[2, 4] a, T[2, 4] b) =>
+                    (bool k, T[2, 4] p, T[2, 4] q, T[2, 4] each) {
+                k = Identity(c) d = MatMul(a, w) p = Tanh(d) q = Mul(p, b) each = Add(p, q)
+            }>
+        }
+    """
+    weights = {"w": normal(4, 4)}
+    found = []
+    for gone in ([], left_out):
+        model = parsed(text, weights, np.float32)
+        loop = model.graph.node[0]
+        loop.output[:] = ["" if o in gone else o for o in loop.output]
+        while not loop.output[-1]:
+            loop.output.pop()
+        feed = {"x": np.arange(8, dtype=np.float32).reshape(2, 4) / 8, "y.cotangent": np.ones((2, 4), np.float32)}
+        found.append(session(differentiate(model)).run(["y", "x.grad", "w.grad"], feed))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_state_that_grows_is_cut() -> None:
     text = """
         m (T[2, 4] x, int64 n) => (T[rows, 4] y) {
@@ -353,3 +378,31 @@ def test_shapes_inside_a_branch_rest_on_settings_outside_it() -> None:
     then = next(n for n in graph if n.op_type == "If").attributes["then_branch"].as_graph()
     assert [dims(n.outputs[0]) for n in then] == [(3, 4), (3, 4)]
     assert not estimate(graph, batch=3).unmodelled
+
+
+# -- Sequences ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_goes_through_an_optional() -> None:
+    text = """
+        m (T[2, 4] x) => (T[2, 4] y) { a = Tanh(x) o = Optional(a) b = OptionalGetElement(o) y = Mul(a, b) }
+    """
+    check(text, {"x": normal(2, 4)}, {}, wrt=["x"])
+
+
+def test_a_way_through_a_sequence_that_stays_is_a_cut_and_no_zero() -> None:
+    """A loop that gathers its steps: nothing is said of x, though half of its gradient is known."""
+    text = """
+        m (T[2, 4] x) => (T[r, 4] y) <int64 n = {3}> {
+            made = SequenceConstruct(x) first = Constant <value = int64 {0}> () empty = SequenceErase(made, first)
+            h, all = Loop (n, , x, empty) <body = step (int64 i, bool c, T[2, 4] a, seq(T[2, 4]) s) =>
+                    (bool k, T[2, 4] b, seq(T[2, 4]) r) { k = Identity(c) b = MatMul(a, w) r = SequenceInsert(s, b) }>
+            z = ConcatFromSequence <axis = 0> (all) y = Add(z, v)
+        }
+    """
+    model = parsed(text, {"w": normal(4, 4), "v": normal(6, 4)}, np.float32)
+    back = differentiate(model)
+    assert [o.name for o in back.graph.output] == ["y", "v.grad"]
+    assert any("ConcatFromSequence" in p.value for p in back.metadata_props if p.key == "gradlint.cut")
+    feed = {"x": normal(2, 4).astype(np.float32), "y.cotangent": np.ones((6, 4), np.float32)}
+    session(back).run(None, feed)

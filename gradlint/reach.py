@@ -12,7 +12,18 @@ import gradlint.ops  # noqa: F401  (fills BLOCKED)
 from gradlint.anatomy import Anatomy
 from gradlint.attention_facts import Attention
 from gradlint.fact_table import Fact, Subject
-from gradlint.graph import MOVES, PRODUCTS, WeightUse, attribute, constant_array, dims, is_float, op, trainable
+from gradlint.graph import (
+    MOVES,
+    PRODUCTS,
+    WeightUse,
+    attribute,
+    constant_array,
+    dims,
+    holds_floats,
+    is_float,
+    op,
+    trainable,
+)
 from gradlint.patterns import array_behind, onward, rescaled
 from gradlint.structure import KERNEL_OPS, Bypasses
 from gradlint.subgraphs import subgraphs
@@ -108,10 +119,10 @@ def _is_zero(value: ir.Value | None, limit: float) -> bool:
 
 def _reaching(graph: ir.Graph, reads: Reads) -> set[ir.Value]:
     """The float values from which a float output can be reached over inputs for which `reads(node, index)` holds."""
-    found = {o for o in graph.outputs if is_float(o)}
+    found = {o for o in graph.outputs if holds_floats(o)}
     for node in reversed(list(graph)):
         if _any(node, found):
-            found.update(v for k, v in enumerate(node.inputs) if v is not None and is_float(v) and reads(node, k))
+            found.update(v for k, v in enumerate(node.inputs) if holds_floats(v) and reads(node, k))
     return found
 
 
@@ -169,13 +180,13 @@ def _is_blocked(node: ir.Node) -> bool:
     a softmax over one unit, which is 1 whatever it reads."""
     if op(node) in ("Softmax", "LogSoftmax") and (shape := dims(node.outputs[0])):
         return shape[attribute(node, "axis", -1)] == 1
-    return op(node) in BLOCKED or not any(is_float(o) for o in node.outputs)
+    return op(node) in BLOCKED or not any(holds_floats(o) for o in node.outputs)
 
 
 def _is_data(node: ir.Node, index: int) -> bool:
     """Is the input what the node computes with? Integers and truths that choose among floats are not."""
     value = node.inputs[index]
-    return is_float(value) or op(node) in ("Cast", "CastLike") or not any(is_float(o) for o in node.outputs)
+    return holds_floats(value) or op(node) in ("Cast", "CastLike") or not any(holds_floats(o) for o in node.outputs)
 
 
 def blocked(parts: Anatomy) -> dict[ir.Node, dict[str, Fact]]:
@@ -187,7 +198,7 @@ def blocked(parts: Anatomy) -> dict[ir.Node, dict[str, Fact]]:
     """
     graph = parts.graph
     free = _reaching(graph, lambda node, k: not _is_blocked(node))
-    leads: dict[ir.Value, frozenset[str]] = {o: frozenset() for o in graph.outputs if is_float(o)}
+    leads: dict[ir.Value, frozenset[str]] = {o: frozenset() for o in graph.outputs if holds_floats(o)}
     data: dict[ir.Value, frozenset[str]] = dict(leads)
     for node in reversed(list(graph)):
         if op(node) in _SHAPES:

@@ -25,6 +25,7 @@ from gradlint.lookups import id_limit
 
 Arrays = dict[str, np.ndarray]
 _CLIP = 6.0  # standard deviations: the declared range of synthetic floats
+IGNORED = -100  # a label that doesn't count: padding
 _MOST = 1 << 30  # elements of an input that are made up
 
 
@@ -137,7 +138,13 @@ def check_inputs(data: Data, inputs: Mapping[str, ir.Value]) -> Data:
             if not np.isfinite(array).all():
                 bad = int(array.size - np.isfinite(array).sum())
                 raise DataError(f"{data.origin}: input {name!r} holds {bad} non-finite values")
-            checked[name] = array.astype(np.float32)
+            with np.errstate(over="ignore"):
+                checked[name] = array.astype(np.float32)
+            if not np.isfinite(checked[name]).all():
+                largest = float(np.abs(array).max())
+                raise DataError(f"{data.origin}: input {name!r} holds values that float32 does not ({largest:.3g})")
+        if not array.size and array.ndim and not array.shape[0]:
+            raise DataError(f"{data.origin}: input {name!r} holds no example: its shape is {array.shape}")
         if value.shape is not None and array.ndim != len(value.shape):
             shape = "(" + ", ".join(str(d if isinstance(d, int) else d.value or "?") for d in value.shape) + ")"
             raise DataError(f"{data.origin}: input {name!r} must have shape {shape}, got {array.shape}")
@@ -247,6 +254,8 @@ def linear_targets(shapes: Mapping[str, tuple[int, ...]], data: Data, seed: int)
         if own is not None and own.dtype.kind == "f":
             if own.shape != shape:
                 raise DataError(f"{data.origin}: target of output {name!r} must have shape {shape}, got {own.shape}")
+            if not np.isfinite(own).all():
+                raise DataError(f"{data.origin}: target of output {name!r} holds non-finite values")
             found[name] = own.astype(np.float32)
         else:
             rng = np.random.default_rng([seed, 1000 + k])
@@ -255,20 +264,37 @@ def linear_targets(shapes: Mapping[str, tuple[int, ...]], data: Data, seed: int)
 
 
 def labels(target: np.ndarray, logits: tuple[int, ...], origin: str, *, loss: str) -> np.ndarray:
-    """The target of a loss other than linear, checked against the logits' shape (class axis last)."""
+    """The target of a loss other than linear, checked against the logits' shape (class axis last).
+
+    Labels that don't count (PyTorch's ignore_index) become the number of classes.
+    """
     if loss != "cross-entropy":
-        if target.size != math.prod(logits):
+        if not _same_sizes(target.shape, logits):
             raise DataError(f"{origin}: the target of {loss} must have shape {logits}, got {target.shape}")
+        if target.dtype.kind not in "fiub":
+            raise DataError(f"{origin}: the target of {loss} must be numbers, got {target.dtype.name}")
         if not np.isfinite(target).all():
             raise DataError(f"{origin}: the target holds non-finite values")
+        if loss == "bce" and (target.min(initial=0) < 0 or target.max(initial=1) > 1):
+            raise DataError(f"{origin}: the target of bce must lie in [0, 1], got {target.min()} to {target.max()}")
         return target.reshape(logits).astype(np.float32)
     if target.dtype.kind not in "iu":
         raise DataError(f"{origin}: cross-entropy needs integer class labels, got {target.dtype.name}")
-    if target.size != math.prod(logits[:-1]):
+    if not _same_sizes(target.shape, logits[:-1]):
         raise DataError(
             f"{origin}: cross-entropy needs labels of shape {logits[:-1]} for logits {logits}, got {target.shape}"
         )
     classes = logits[-1]
-    if target.size and (target.min() < 0 or target.max() >= classes):
-        raise DataError(f"{origin}: labels must lie in [0, {classes}), got {target.min()} to {target.max()}")
-    return target.reshape(logits[:-1]).astype(np.int64)
+    told = target[target != IGNORED]
+    if not told.size:
+        raise DataError(f"{origin}: every label is {IGNORED}: there is no loss")
+    if told.min() < 0 or told.max() >= classes:
+        raise DataError(
+            f"{origin}: labels must lie in [0, {classes}), or be {IGNORED} (ignored), got {told.min()} to {told.max()}"
+        )
+    return np.where(target == IGNORED, classes, target).reshape(logits[:-1]).astype(np.int64)
+
+
+def _same_sizes(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Are two shapes the same, but for axes of one element?"""
+    return [n for n in one if n != 1] == [n for n in other if n != 1]

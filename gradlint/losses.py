@@ -43,9 +43,14 @@ def seeds_of(
         kind = ir.DataType.INT64 if loss == "cross-entropy" else ir.DataType.FLOAT
         feeds[f"gradlint.target.{output.name}"] = labels(given, whole, data.origin, loss=loss)
         wanted = _target(graph, str(output.name), shape[:-1] if loss == "cross-entropy" else shape, kind)
-        seeds[logits] = b.op("Mul", _loss_gradient(b, loss, logits, wanted, whole), scale)
         if loss == "cross-entropy":
-            losses.append(_cross_entropy(b, logits, wanted, whole))
+            hot = _onehot(b, wanted, whole[-1])
+            count = b.scalar(float((feeds[f"gradlint.target.{output.name}"] < whole[-1]).sum()), logits)
+            gradient = b.op("Div", _cross_entropy_gradient(b, logits, hot), count)
+            losses.append(b.op("Div", _cross_entropy(b, logits, hot), count))
+        else:
+            gradient = _loss_gradient(b, loss, logits, wanted, math.prod(whole))
+        seeds[logits] = b.op("Mul", gradient, scale)
     return seeds, feeds, losses
 
 
@@ -67,27 +72,25 @@ def _logits(output: ir.Value, loss: Loss) -> ir.Value:
     return node.inputs[0] if node is not None and op(node) in heads and node.inputs[0] is not None else output
 
 
-def _loss_gradient(b: Backward, loss: Loss, y: ir.Value, target: ir.Value, whole: tuple[int, ...]) -> ir.Value:
-    """dL/dy: softmax(y) - onehot, sigmoid(y) - t (means over examples), 2 (y - t) (mean over elements)."""
-    if loss == "cross-entropy":
-        hot = _onehot(b, target, whole)
-        return b.op(
-            "Div", b.op("Sub", b.op("Softmax", y, axis=-1), hot), b.scalar(float(max(1, math.prod(whole[:-1]))), y)
-        )
-    count = float(max(1, math.prod(whole)))
+def _loss_gradient(b: Backward, loss: Loss, y: ir.Value, target: ir.Value, count: int) -> ir.Value:
+    """dL/dy of a mean over `count` elements: sigmoid(y) - t, or 2 (y - t)."""
     if loss == "bce":
-        return b.op("Div", b.op("Sub", b.op("Sigmoid", y), target), b.scalar(count, y))
-    return b.op("Mul", b.op("Sub", y, target), b.scalar(2.0 / count, y))
+        return b.op("Div", b.op("Sub", b.op("Sigmoid", y), target), b.scalar(float(max(1, count)), y))
+    return b.op("Mul", b.op("Sub", y, target), b.scalar(2.0 / max(1, count), y))
 
 
-def _onehot(b: Backward, target: ir.Value, whole: tuple[int, ...]) -> ir.Value:
-    depth, ends = b.constant([whole[-1]]), b.constant([0.0, 1.0], np.float32)
+def _onehot(b: Backward, target: ir.Value, classes: int) -> ir.Value:
+    """All zeros for a label that doesn't count: it lies beyond the classes."""
+    depth, ends = b.constant([classes]), b.constant([0.0, 1.0], np.float32)
     return b.op("OneHot", target, depth, ends, dtype=ir.DataType.FLOAT, axis=-1)
 
 
-def _cross_entropy(b: Backward, y: ir.Value, target: ir.Value, whole: tuple[int, ...]) -> ir.Value:
-    """-log softmax(y)[target], the part of this run in the mean over all examples."""
-    chosen = b.op("Mul", b.op("LogSoftmax", y, axis=-1), _onehot(b, target, whole))
-    return b.op(
-        "Div", b.op("Neg", b.op("ReduceSum", chosen, keepdims=0)), b.scalar(float(max(1, math.prod(whole[:-1]))), y)
-    )
+def _cross_entropy(b: Backward, y: ir.Value, hot: ir.Value) -> ir.Value:
+    """-log softmax(y)[target], summed over this run's labels."""
+    return b.op("Neg", b.op("ReduceSum", b.op("Mul", b.op("LogSoftmax", y, axis=-1), hot), keepdims=0))
+
+
+def _cross_entropy_gradient(b: Backward, y: ir.Value, hot: ir.Value) -> ir.Value:
+    """softmax(y) - onehot, where the label counts."""
+    counts = b.op("ReduceSum", hot, b.constant([-1]), keepdims=1)
+    return b.op("Sub", b.op("Mul", b.op("Softmax", y, axis=-1), counts), hot)

@@ -184,10 +184,11 @@ def test_targets_of_the_linear_loss() -> None:
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        (np.array([0, 1, 2, 3]), r"labels must lie in \[0, 3\), got 0 to 3"),
+        (np.array([0, 1, 2, 3]), r"labels must lie in \[0, 3\), or be -100 \(ignored\), got 0 to 3"),
         (np.array([-1, 1, 2, 0]), r"got -1 to 2"),
         (np.array([0.0, 1.0, 2.0, 0.0]), "integer class labels"),
         (np.array([0, 1]), r"labels of shape \(4,\)"),
+        (np.full(4, -100), "every label is -100"),
     ],
 )
 def test_labels_are_checked(target: np.ndarray, said: str) -> None:
@@ -240,4 +241,34 @@ def test_floats_that_are_only_cast_to_ids_are_drawn_as_ids() -> None:
 def test_a_file_of_another_kind_is_refused_without_advice_to_trust_it(tmp_path: Path) -> None:
     (tmp_path / "d.npz").write_text("x,y\n1,2\n")
     with pytest.raises(DataError, match=r"d\.npz: not a readable \.npz or \.npy file of numbers$"):
+        read(tmp_path / "d.npz", graph_of(PLAIN))
+    assert labels(np.zeros((4, 5, 1), np.int32), (4, 5, 3), "d.npz", loss="cross-entropy").shape == (4, 5)
+    with pytest.raises(DataError, match=r"labels of shape \(4, 5\) for logits \(4, 5, 3\), got \(5, 4\)"):
+        labels(np.zeros((5, 4), np.int32), (4, 5, 3), "d.npz", loss="cross-entropy")
+
+
+@pytest.mark.parametrize(
+    ("loss", "target", "said"),
+    [
+        ("bce", np.full((4, 3), 1.5), r"must lie in \[0, 1\], got 1.5 to 1.5"),
+        ("bce", np.zeros((3, 4)), r"must have shape \(4, 3\), got \(3, 4\)"),
+        ("mse", np.full((4, 3), np.nan), "non-finite"),
+        ("mse", np.zeros((4, 3), complex), "must be numbers, got complex128"),
+    ],
+)
+def test_targets_are_checked(loss: str, target: np.ndarray, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        labels(target, (4, 3), "d.npz", loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (np.ones((0, 3), np.float32), r"input 'x' holds no example: its shape is \(0, 3\)"),
+        (np.full((2, 3), 1e300), r"input 'x' holds values that float32 does not \(1e\+300\)"),
+    ],
+)
+def test_inputs_that_say_nothing(x: np.ndarray, said: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=x)
+    with pytest.raises(DataError, match=said):
         read(tmp_path / "d.npz", graph_of(PLAIN))

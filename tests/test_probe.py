@@ -46,6 +46,19 @@ def test_a_batch_fixed_at_one_runs_example_by_example(loss: str, tmp_path: Path)
     assert one.settings.batch == whole.settings.batch == 6
 
 
+@pytest.mark.parametrize("batch", [1, 6])
+def test_labels_of_padding_do_not_count(batch: int) -> None:
+    """As in PyTorch: an ignored label takes no part in the mean, wherever it lies."""
+    rng = np.random.default_rng(1)
+    x, target = rng.standard_normal((6, 4)).astype(np.float32), rng.integers(0, 3, 6)
+    padded = np.where(np.arange(6) % 3 == 1, -100, target)
+    counted = padded != -100
+    part = gradlint.check(fixed_batch(4), data={"x": x[counted], "target": target[counted]}, loss="cross-entropy")
+    whole = gradlint.check(fixed_batch(batch), data={"x": x, "target": padded}, loss="cross-entropy")
+    for a, b in zip(whole.weights, part.weights, strict=True):
+        assert a.measured == pytest.approx(b.measured, rel=1e-5)
+
+
 def test_examples_that_do_not_fill_the_batch(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.ones((7, 4), np.float32))
     with pytest.raises(DataError, match=r"axis 0 must be 6|must have shape"):

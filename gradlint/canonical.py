@@ -16,6 +16,7 @@ from onnx_ir.passes import common
 from gradlint.binding import Dims, bind, freeze, infer_shapes
 from gradlint.exceptions import ModelError
 from gradlint.expansion import expand
+from gradlint.functions import inline
 from gradlint.fused import take_apart
 from gradlint.graph import mark_constants, op, trainable
 from gradlint.invariants import read_invariants_outside
@@ -35,7 +36,7 @@ def canonicalize(
     With `dims` None symbolic dimensions stay symbolic; values named in `keep` survive. Raises ModelError, and DataError
     for a shape that doesn't fit an input.
     """
-    common.InlinePass()(model)
+    inline(model, where)
     for graph in (model.graph, *model.graph.subgraphs()):
         take_apart(graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

@@ -26,7 +26,7 @@ from gradlint.lookups import id_limit
 Arrays = dict[str, np.ndarray]
 _CLIP = 6.0  # standard deviations: the declared range of synthetic floats
 IGNORED = -100  # a label that doesn't count: padding
-_MOST = 1 << 30  # elements of an input that are made up
+_MOST = 1 << 30  # elements of an input that are made up, or read from an archive
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,9 @@ def _file(path: Path, inputs: Mapping[str, ir.Value]) -> Arrays:
                 f"{path}: a .npy file fits a model of one input; this one has {', '.join(inputs)}: use .npz"
             )
         return {next(iter(inputs)): loaded}
+    unpacked = sum(entry.file_size for entry in loaded.zip.infolist())
+    if unpacked > 4 * _MOST:
+        raise DataError(f"{path}: the archive holds {unpacked} bytes: a short batch is enough")
     try:
         return {name: loaded[name] for name in loaded.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:

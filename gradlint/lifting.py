@@ -24,9 +24,9 @@ def lift(model: ir.Model) -> None:
         for node in list(graph):
             if node.domain == "ai.onnx":
                 node.domain = ""
-            node.version = None
-            if node.domain == "" and (since := _LIFTS.get(node.op_type)) is not None and version < since[0]:
-                since[1](node, version)
+            own, node.version = node.version or version, None  # a function may have an opset of its own
+            if node.domain == "" and (since := _LIFTS.get(node.op_type)) is not None and own < since[0]:
+                since[1](node, own)
             if node.op_type in ("RNN", "GRU", "LSTM") and attribute(node, "layout", 0):
                 _time_major(node)
         graph.opset_imports[""] = max(version, TARGET_OPSET)
@@ -105,8 +105,7 @@ def _softmax(node: ir.Node, version: int) -> None:
     assert x is not None
     assert graph is not None
     axis = attribute(node, "axis", 1)
-    rank = len(x.shape) if x.shape is not None else None
-    if rank is None or axis in (-1, rank - 1):
+    if axis == -1 or (x.shape is not None and axis == len(x.shape) - 1):
         node.attributes["axis"] = ir.AttrInt64("axis", -1)
         return
     flat = ir.node("Flatten", [x], {"axis": axis}, name=f"{node.name}.flatten")

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 
 from gradlint.exceptions import DataError
 from gradlint.graph import FLOATS, dims, op
-from gradlint.lookups import id_limit
+from gradlint.lookups import id_limit, rows
 
 Arrays = dict[str, np.ndarray]
 _CLIP = 6.0  # standard deviations: the declared range of synthetic floats
@@ -115,6 +115,8 @@ def _folder(path: Path, inputs: Mapping[str, ir.Value], outputs: tuple[str, ...]
         tensor = onnx.TensorProto()
         try:
             tensor.ParseFromString(file.read_bytes())
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                raise DataError(f"{file}: keeps its data in another file: refused")
             array = numpy_helper.to_array(tensor)
         except (DecodeError, ValueError, TypeError) as error:
             raise DataError(f"{file}: not a readable tensor ({str(error).splitlines()[0]})") from None
@@ -128,13 +130,23 @@ def check_inputs(data: Data, inputs: Mapping[str, ir.Value]) -> Data:
     checked = {}
     for name, array in data.inputs.items():
         value = inputs[name]
-        if value.dtype is not None and value.dtype not in FLOATS:
+        if value.dtype == ir.DataType.STRING:
+            if array.dtype.kind not in "US":
+                raise DataError(f"{data.origin}: input {name!r} must be text, got {array.dtype.name}")
+            checked[name] = array.astype(object)
+        elif value.dtype is not None and value.dtype not in FLOATS:
             expected = value.dtype.numpy()
             if array.dtype.kind not in "iub" or (expected == np.bool_) != (array.dtype == np.bool_):
                 raise DataError(
                     f"{data.origin}: input {name!r} must be {np.dtype(expected).name}, got {array.dtype.name}"
                 )
+            low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+            if (count := rows(value)) is not None and not -count <= low <= high < count:
+                raise DataError(f"{data.origin}: input {name!r} must lie in [0, {count}), got {low} to {high}")
             checked[name] = array.astype(expected)
+            if (checked[name] != array).any():
+                kind = np.dtype(expected).name
+                raise DataError(f"{data.origin}: input {name!r} must be {kind}, which does not hold {low} to {high}")
         else:
             if array.dtype.kind not in "fiu":
                 raise DataError(f"{data.origin}: input {name!r} must be a float array, got {array.dtype.name}")

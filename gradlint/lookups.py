@@ -47,6 +47,22 @@ def id_limit(value: ir.Value) -> int | None:
     return min(limits) if limits else max(open_ends, default=None)
 
 
+def rows(value: ir.Value) -> int | None:
+    """The rows of the smallest table that every element of an input indexes as it stands; None where there is none."""
+    found: list[int] = []
+    pending, seen = [value], {value}
+    while pending:
+        for use in pending.pop().uses():
+            shape = dims(use.node.inputs[0])
+            if op(use.node) in ("Gather", "GatherElements") and use.idx == 1 and shape:
+                found.append(shape[attribute(use.node, "axis", 0)])
+            elif op(use.node) in _MOVED - {"Slice"} and use.idx == 0:
+                fresh = [o for o in use.node.outputs if o not in seen]
+                seen.update(fresh)
+                pending.extend(fresh)
+    return min(found, default=None)
+
+
 def _lookups(value: ir.Value) -> Iterator[tuple[ir.Node | None, bool]]:
     """The nodes that look a value up, through moves and arithmetic (True where there was any), None for other uses."""
     pending, seen = [(value, False)], {value}

@@ -272,3 +272,32 @@ def test_inputs_that_say_nothing(x: np.ndarray, said: str, tmp_path: Path) -> No
     np.savez(tmp_path / "d.npz", x=x)
     with pytest.raises(DataError, match=said):
         read(tmp_path / "d.npz", graph_of(PLAIN))
+
+
+@pytest.mark.parametrize("ids", [[0, 5], [-6, 0]])
+def test_ids_beyond_their_table(ids: list[int], tmp_path: Path) -> None:
+    graph = graph_of(
+        "(int64[N, 2] x) => (float[N, 2, 2] y)",
+        "flat = Identity(x) y = Gather(w, flat)",
+        "<float[5, 2] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 0}>",
+    )
+    np.savez(tmp_path / "d.npz", x=np.array([ids]))
+    with pytest.raises(DataError, match=rf"input 'x' must lie in \[0, 5\), got {min(ids)} to {max(ids)}"):
+        read(tmp_path / "d.npz", graph)
+
+
+def test_integers_that_the_input_does_not_hold(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.array([[1, 2, 300]]))
+    graph = graph_of("(int8[N, 3] x) => (float[N, 3] y)", "y = Cast <to = 1> (x)")
+    with pytest.raises(DataError, match="input 'x' must be int8, which does not hold 1 to 300"):
+        read(tmp_path / "d.npz", graph)
+
+
+def test_a_tensor_file_that_points_at_another(tmp_path: Path) -> None:
+    tensor = numpy_helper.from_array(np.ones((2, 3), np.float32), "x")
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="secret.bin")
+    (tmp_path / "input_0.pb").write_bytes(tensor.SerializeToString())
+    with pytest.raises(DataError, match=r"input_0\.pb: keeps its data in another file: refused"):
+        read(tmp_path, graph_of(PLAIN))

@@ -50,6 +50,11 @@ def canonicalize(
     outputs = list(model.graph.outputs)
     kept = [v for n in model.graph for v in n.outputs if v.name in keep and v not in outputs]
     model.graph.outputs.extend(kept)  # no pass removes or renames an output
+    copies = [n for n in model.graph if op(n) in ("Identity", "Dropout") and n.outputs[0].name in keep]
+    for node in copies:  # nor does any read past a sum what is kept
+        node.op_type = "Sum"
+        node.attributes.clear()
+        node.resize_inputs(1)
     infer_shapes(model)
     respell(model)
     lift(model)
@@ -68,7 +73,9 @@ def canonicalize(
         infer_shapes(model)
         _fold(model, keep)
     mark_constants(model)  # what folding made is no parameter either
-    _remove_identities(model)
+    for node in copies:
+        node.op_type = "Identity"
+    _remove_identities(model, keep)
     common.RemoveUnusedNodesPass()(model)
     _remove_unread(model)
     common.AddDefaultAttributesPass()(model)
@@ -144,7 +151,7 @@ def _lower_settings(model: ir.Model, keep: frozenset[str]) -> None:
                 node.replace_input_with(k, copies[value])
 
 
-def _remove_identities(model: ir.Model) -> None:
+def _remove_identities(model: ir.Model, keep: frozenset[str]) -> None:
     """Identity, Dropout and taking out of an Optional what was put in do nothing here; one that names a graph output
     must stay if its input is named elsewhere."""
     for graph in (model.graph, *model.graph.subgraphs()):
@@ -153,6 +160,8 @@ def _remove_identities(model: ir.Model) -> None:
             if kind not in ("Identity", "Dropout", "OptionalGetElement") or any(o.uses() for o in node.outputs[1:]):
                 continue
             x, y = node.inputs[0], node.outputs[0]
+            if y.name in keep:
+                continue
             if kind == "OptionalGetElement":
                 wrapped = x.producer() if x is not None else None
                 if wrapped is None or op(wrapped) != "Optional" or not wrapped.inputs:

@@ -136,6 +136,24 @@ def test_what_is_computed_from_a_kept_value_is_not_folded() -> None:
     np.testing.assert_allclose(found, [[expected]] * 2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("copy", ["Identity", "Dropout"])
+@pytest.mark.parametrize("source", ["x", "h"])
+@pytest.mark.parametrize("output", ["", ", float[2, 3] c", ", float[2, 3] h"])
+def test_the_gradient_of_a_copy_is_what_its_own_readers_send(copy: str, source: str, output: str) -> None:
+    """And not what those of its source do, or its source's name would."""
+    model = text(
+        f"""{HEADER} net (float[2, 3] x) => (float[2, 3] y{output}) {{
+            h = Tanh(x) c = {copy}({source}) a = Exp(c) b = Sin({source}) y = Mul(a, b) }}"""
+    )
+    feed = {"x": X[0, 0, :2, :3], "y.cotangent": X[0, 1, :2, :3]}
+    if output:
+        feed[f"{output[-1]}.cotangent"] = X[0, 2, :2, :3]
+    c = feed["x"] if source == "x" else np.tanh(feed["x"])
+    expected = feed["y.cotangent"] * np.exp(c) * np.sin(c) + feed.get("c.cotangent", 0)
+    (found,) = session(differentiate(model, wrt=["c"])).run(["c.grad"], feed)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_weight_is_never_folded() -> None:
     model = text(
         f"""{HEADER} net (float[N, 3] x) => (float[N, 2] y) <float[2, 3] w = {{1, 2, 3, 4, 5, 6}}> {{

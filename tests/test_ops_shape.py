@@ -274,3 +274,16 @@ def test_symbolic_sizes(body: str) -> None:
     grad, numeric, exact = gradients(f"g (float[N, T, D] x) => (float y) {{ {body} }}", (3, 4, 6))
     assert grad.shape == (3, 4, 6)
     assert numeric == pytest.approx(exact, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "body", ["a = Constant<value_ints=[1, 2]>() y = ReduceMean<keepdims=0>(x, a)", "y = GlobalAveragePool(x)"]
+)
+def test_a_batch_without_examples(body: str) -> None:
+    """Of no example the gradient is empty."""
+    header = '<ir_version: 10, opset_import: ["" : 21]>'
+    model = parser.parse_model(f"{header} g (float[N, T, D] x) => (float y) {{ {body} }}")
+    back = differentiate(model, wrt=["x"])
+    x = np.zeros((0, 4, 6), np.float32)
+    y = session(model).run(None, {"x": x})[0]
+    assert session(back).run(["x.grad"], {"x": x, "y.cotangent": y})[0].shape == (0, 4, 6)

@@ -240,7 +240,8 @@ def global_average_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     if n is not None:
         return (b.op("Expand", b.op("Mul", g, b.scalar(1 / n, g)), b.shape(x)),)
     elements, pooled = (b.op("Size", v, dtype=ir.DataType.INT64) for v in (x, y))
-    count = b.op("Cast", b.op("Div", elements, pooled), to=g.dtype, dtype=g.dtype)
+    some = b.op("Max", pooled, b.constant(1))  # of a batch without examples there is none
+    count = b.op("Cast", b.op("Div", elements, some), to=g.dtype, dtype=g.dtype)
     return (b.op("Expand", b.op("Div", g, count), b.shape(x)),)
 
 

@@ -165,4 +165,5 @@ def projected(
 def elements(b: Backward, x: ir.Value, statistic: ir.Value) -> ir.Value:
     """How many elements share one statistic, as a number in its type (the sizes of both known when it runs)."""
     large, small = (b.op("Size", v, dtype=ir.DataType.INT64) for v in (x, statistic))
-    return b.op("CastLike", b.op("Div", large, small), statistic, dtype=statistic.dtype)
+    some = b.op("Max", small, b.constant(1))  # of a batch without examples there is none
+    return b.op("CastLike", b.op("Div", large, some), statistic, dtype=statistic.dtype)

@@ -50,11 +50,12 @@ def canonicalize(
     outputs = list(model.graph.outputs)
     kept = [v for n in model.graph for v in n.outputs if v.name in keep and v not in outputs]
     model.graph.outputs.extend(kept)  # no pass removes or renames an output
-    copies = [n for n in model.graph if op(n) in ("Identity", "Dropout") and n.outputs[0].name in keep]
+    copies = [n for n in model.graph if _is_copy(n) and n.outputs[0].name in keep]
     for node in copies:  # nor does any read past a sum what is kept
         node.op_type = "Sum"
         node.attributes.clear()
         node.resize_inputs(1)
+        node.resize_outputs(1)
     infer_shapes(model)
     respell(model)
     lift(model)
@@ -151,18 +152,21 @@ def _lower_settings(model: ir.Model, keep: frozenset[str]) -> None:
                 node.replace_input_with(k, copies[value])
 
 
+def _is_copy(node: ir.Node) -> bool:
+    return op(node) in ("Identity", "Dropout") and not any(o.uses() or o.is_graph_output() for o in node.outputs[1:])
+
+
 def _remove_identities(model: ir.Model, keep: frozenset[str]) -> None:
     """Identity, Dropout and taking out of an Optional what was put in do nothing here; one that names a graph output
     must stay if its input is named elsewhere."""
     for graph in (model.graph, *model.graph.subgraphs()):
         for node in list(graph):
-            kind = "" if node.domain else node.op_type
-            if kind not in ("Identity", "Dropout", "OptionalGetElement") or any(o.uses() for o in node.outputs[1:]):
+            if not _is_copy(node) and op(node) != "OptionalGetElement":
                 continue
             x, y = node.inputs[0], node.outputs[0]
             if y.name in keep:
                 continue
-            if kind == "OptionalGetElement":
+            if op(node) == "OptionalGetElement":
                 wrapped = x.producer() if x is not None else None
                 if wrapped is None or op(wrapped) != "Optional" or not wrapped.inputs:
                     continue

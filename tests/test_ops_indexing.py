@@ -60,6 +60,10 @@ def test_gather_nd_over_two_batch_axes() -> None:
     check_op("GatherND", Activation((3, 2, 4, 5), mean=0.5), drawn(4, 3, 2, 6, 1), batch_dims=2, pullback=0.2)
 
 
+def test_gather_nd_of_one_number() -> None:
+    check_op("GatherND", Activation((5,), mean=0.5), np.array([-2]), moments=None, pullback=None)
+
+
 # -- embeddings: ids that vary -----------------------------------------------------------------------------------------
 
 

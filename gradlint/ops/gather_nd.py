@@ -35,7 +35,7 @@ def nd_moments(ctx: Context, node: ir.Node, xs: Sequence[Moments | None]) -> Seq
         return (None,)
     shape, batch, count, places = found
     x = averaged(xs[0].map(lambda a: lifted(a, len(shape))), range(batch, batch + count))
-    return (x.map(lambda a: a.reshape(*a.shape[:batch], *(1,) * places, *a.shape[batch + count :])),)
+    return (x.map(lambda a: a.reshape((*a.shape[:batch], *(1,) * places, *a.shape[batch + count :]))),)
 
 
 def nd_range(ctx: Context, node: ir.Node, xs: Sequence[Range | None]) -> Sequence[Range | None]:
@@ -74,7 +74,7 @@ def nd_pullback(
     mean = math.prod(out[k] for k in spots) / math.prod(shape[batch : batch + count])
     square = mean**2 if counts is None else float(np.mean(counts**2))
     shared, local = (
-        (a := lifted(g, rank).mean(axis=spots)).reshape(*a.shape[:batch], *(1,) * count, *a.shape[batch:])
+        (a := lifted(g, rank).mean(axis=spots)).reshape((*a.shape[:batch], *(1,) * count, *a.shape[batch:]))
         for g in (gs[0].shared, gs[0].local)
     )
     kept = shared * mean**2

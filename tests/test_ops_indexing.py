@@ -61,7 +61,13 @@ def test_gather_nd_over_two_batch_axes() -> None:
 
 
 def test_gather_nd_of_one_number() -> None:
-    check_op("GatherND", Activation((5,), mean=0.5), np.array([-2]), moments=None, pullback=None)
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[5] x) => (float y) <int64[1] i = {-2}> { y = GatherND(x, i) }"""
+    loaded = from_proto(parser.parse_model(text), "model", Path("."))
+    canonicalize(loaded, Dims())
+    found = estimate(loaded.graph, batch=1)
+    assert not found.unmodelled
+    assert found.moments[loaded.graph.outputs[0]].mean.shape == ()
 
 
 # -- embeddings: ids that vary -----------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from gradlint.risk import risk
 from gradlint.rulebook import Rulebook, configured_rules
 from gradlint.source_tree import locate_sources
 from gradlint.stage import guess_stage
+from gradlint.unfolding import unfold
 
 if TYPE_CHECKING:
     import onnx
@@ -148,6 +149,7 @@ def _examine(model: str | os.PathLike[str] | onnx.ModelProto, options: Options, 
     bound = Dims(options.batch, options.dims, shapes, settings, passed_over)
     lengths = unknown_lengths(graph, frozenset({*options.dims, *shapes}))
     disconnected = tuple(disconnected_subjects(graph))
+    unfold(source.model)
     sizes = canonicalize(source.model, bound, source.path)
     if options.mode == "train":
         restore_batchnorms(graph)

@@ -135,16 +135,33 @@ def trainable(value: ir.Value) -> bool:
     if tensor.size < 2:
         return False
     uses = list(value.uses())
-    if _FOLDED in value.metadata_props:  # a transposed parameter keeps its name in the node that used it
-        there = value.graph.initializers if value.graph is not None else ()
-        parents = [_mangled(name) for name in _literal(value.metadata_props[_FOLDED]) if name not in there]
-        return any(f"%{p}" in (fx_node(u.node) or "") for u in uses for p in parents)
+    if _FOLDED in value.metadata_props:
+        made_of, there = folded_parameters(value), value.graph.initializers if value.graph is not None else {}
+        alone = len(made_of) == 1 or not any(name in there for name in made_of)
+        return bool(made_of) and alone and not _is_mask(tensor)
     if not uses or all(u.idx in _SETTINGS.get(op(u.node), ()) for u in uses):
         return False
     steps = ("Sub", "Div", "Mul", "Add")
     if tensor.size <= 4 and all(op(u.node) in steps and _reads_input(u.node, value.graph) for u in uses):
         return False  # mean and standard deviation of the input's channels
     return not (all(op(u.node) in ("Add", "Mul", "Sub") for u in uses) and _is_mask(tensor))
+
+
+# What modules call their parameters, as the last part of a name; buffers are tables of numbers, masks and statistics.
+_PARAMETER = re.compile(r"weight|bias|kernel|table|embed|token|scale|gamma|beta|alpha|original|query|latent|rel_pos")
+_BUFFER = re.compile(r"(_|^)(idxs?|ids?|index|indices|mask|freqs?|sin|cos)$")
+_COMPUTED = frozenset({"sin", "cos", "sin_1", "cos_1"})
+
+
+def folded_parameters(value: ir.Value) -> list[str]:
+    """The parameters from which torch's exporter computed this constant. Of what it computed from it keeps the names,
+    and says no more which of them are parameters: those that the node mentions as such, or that are called like one."""
+    made_of = _literal(value.metadata_props.get(_FOLDED, "[]"))
+    nodes = " ".join(fx_node(u.node) or "" for u in value.uses())
+    if (mentioned := [n for n in made_of if re.search(rf"%{_mangled(n)}\b", nodes)]) or _COMPUTED & set(made_of):
+        return mentioned
+    leaves = {name: name.rpartition(".")[2] for name in made_of if "." in name}
+    return [name for name, leaf in leaves.items() if _PARAMETER.search(leaf) and not _BUFFER.search(leaf)]
 
 
 def mark_constants(model: ir.Model) -> None:
@@ -167,6 +184,11 @@ def took_batchnorm(node: ir.Node) -> bool:
 def mark_constant(value: ir.Value) -> None:
     """Say that an initializer is no parameter."""
     value.metadata_props[_KIND] = "CONSTANT"
+
+
+def mark_parameter(value: ir.Value) -> None:
+    """Say that an initializer is a parameter."""
+    value.metadata_props[_KIND] = "PARAMETER"
 
 
 def _reads_input(node: ir.Node, graph: ir.Graph | None) -> bool:
@@ -304,7 +326,8 @@ def module(node: ir.Node) -> str | None:
     name = node.name or ""
     path = [p for p in name.split("/") if p and not _CALL.fullmatch(p)]
     if name.startswith("/") and len(path) > 1:
-        return ".".join(path[:-1])
+        inner = [*path[1:-1], ""]  # TorchScript repeats a container's path: /layer1/layer1.0/conv/Conv
+        return ".".join(p for p, after in zip(path[:-1], inner, strict=True) if not after.startswith(f"{p}."))
     for value in node.inputs:
         if value is not None and value.is_initializer() and "." in (value.name or ""):
             return str(value.name).rpartition(".")[0]
@@ -319,7 +342,13 @@ def parameter_name(node: ir.Node, index: int, value: ir.Value) -> str | list[str
     """The framework's name for the weight that `node` reads at `index`; a list where several are packed into one."""
     name = str(value.name)
     mentioned = re.findall(r"%(p_\w+)", fx_node(node) or "")
-    if not mentioned:
+    if took_batchnorm(node):  # what is added behind a kernel without a bias is the BatchNormalization's own
+        made_up = any(v is not None and name == f"{v.name}_bias" for v in node.inputs)
+        return _dotted(mentioned[-1], node) if made_up and mentioned else name
+    made_of = folded_parameters(value)
+    if own := [n for n in made_of if _mangled(n) in mentioned]:
+        return _one_or_all(own)
+    if not mentioned and not made_of:
         return name if "::" not in name else _torchscript_name(node, index)
     if _mangled(name) in mentioned or (value.metadata_props.get(_KIND) and len(list(value.uses())) == 1):
         return name
@@ -327,11 +356,10 @@ def parameter_name(node: ir.Node, index: int, value: ir.Value) -> str | list[str
     named = {_mangled(str(v.name)) for n in parts for v in n.inputs if v is not None and v.is_initializer()}
     rest = [p for p in dict.fromkeys(mentioned) if p not in named]
     if not rest:
-        return name
+        return _one_or_all(made_of or [name])
     if node.op_type in ("LSTM", "GRU", "RNN"):
         part = {1: "weight_ih", 2: "weight_hh", 3: "bias"}.get(index, "")
-        packed = [_dotted(p, node) for p in rest if part in p]
-        return packed if len(packed) > 1 else (packed[0] if packed else name)
+        return _one_or_all([_dotted(p, node) for p in rest if part in p] or [name])
     if len(rest) == 1 or node.op_type in ("MatMul", "Conv", "Gather", "ConvTranspose"):
         return _dotted(rest[0], node)
     if node.op_type == "Add":
@@ -347,7 +375,13 @@ def parameter_name(node: ir.Node, index: int, value: ir.Value) -> str | list[str
 
 def _dotted(mangled: str, node: ir.Node) -> str:
     """`p_blocks_0_attn_qkv_weight` -> `blocks.0.attn.qkv.weight`: the module path spells the dots."""
-    for scope in reversed(_scopes(node)):
+    beside = [str(v.name) for v in node.inputs if v is not None and v.is_initializer()]
+    for name in beside:  # the same parameter of another layer, of which the exporter has kept one
+        if numbers := re.fullmatch(re.sub(r"\d+", r"(\\d+)", _mangled(name)), mangled):
+            found = iter(numbers.groups())
+            return re.sub(r"\d+", lambda _: next(found), name)  # noqa: B023
+    owners = {name.rpartition(".")[0] for name in beside} | set(_scopes(node))
+    for scope in sorted(owners, key=len, reverse=True):
         prefix = _mangled(scope) + "_" if scope else "p_"
         if mangled.startswith(prefix):
             leaf = mangled[len(prefix) :]
@@ -355,12 +389,32 @@ def _dotted(mangled: str, node: ir.Node) -> str:
     return mangled.removeprefix("p_")
 
 
-def _torchscript_name(node: ir.Node, index: int) -> str | None:
-    """TorchScript calls a transposed weight `onnx::MatMul_42`; the node's path tells whose it is."""
+def _torchscript_name(node: ir.Node, index: int) -> str | list[str] | None:
+    """TorchScript calls a weight that it transposed, folded or packed `onnx::MatMul_42`; the bias beside it has kept
+    its name, and else the node's path tells whose it is."""
+    adds = [n for n in node.successors() if op(n) == "Add"]
+    names = [str(v.name) for n in (node, *adds) for v in n.inputs if v is not None and v.const_value is not None]
+    if op(node) in ("MatMul", "Gemm") and (bias := next((n for n in names if n.endswith("bias")), None)):
+        return f"{bias.removesuffix('bias')}weight"
     owner = module(node)
     if owner is None:
         return None
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        return _packed(node, index, owner)
     return f"{owner}.{'bias' if node.op_type == 'Add' or index == 2 else 'weight'}"
+
+
+def _packed(node: ir.Node, index: int, owner: str) -> str | list[str] | None:
+    """torch's names of what a recurrent layer packs; TorchScript numbers the layers of a stack: LSTM, LSTM_1."""
+    layer = re.search(r"_(\d+)$", node.name or "")
+    parts = {1: ["weight_ih"], 2: ["weight_hh"], 3: ["bias_ih", "bias_hh"]}.get(index, [])
+    ways = ["", "_reverse"] if attribute(node, "direction") == "bidirectional" else [""]
+    names = [f"{owner}.{part}_l{layer[1] if layer else 0}{way}" for way in ways for part in parts]
+    return _one_or_all(names) if names else None
+
+
+def _one_or_all(names: list[str]) -> str | list[str]:
+    return names[0] if len(names) == 1 else names
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d{1,9})\b')

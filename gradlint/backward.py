@@ -75,7 +75,7 @@ class Backward:
         if op_type == "Gemm":
             for k, flip in enumerate(("transA", "transB")):
                 source = sources[k]
-                if source is not None and source.op_type == "Transpose":
+                if source is not None and source.op_type == "Transpose" and _swaps(source):
                     operands = [source.inputs[0] if i == k else v for i, v in enumerate(inputs)]
                     return self.op("Gemm", *operands, **{**attributes, flip: 1 - attributes.get(flip, 0)})
         return None
@@ -241,6 +241,12 @@ class Backward:
     def send(self, value: ir.Value, g: ir.Value) -> None:
         """A gradient for a value that the node reads other than as an input: captured by its subgraph."""
         self.sent.append((value, g))
+
+
+def _swaps(transpose: ir.Node) -> bool:
+    """Does it exchange the axes of a matrix?"""
+    perm = transpose.attributes.get("perm")
+    return perm is None or list(perm.as_ints()) == [1, 0]
 
 
 def _padded(term: ir.Value, value: ir.Value) -> tuple[int, int, int] | None:

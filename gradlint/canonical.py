@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -202,7 +203,9 @@ def _fold(model: ir.Model, keep: frozenset[str]) -> None:
 
     for _ in range(8):
         try:
-            if not fold_constants(model, onnx_shape_inference=False, should_fold=should_fold).modified:
+            with np.errstate(all="ignore"):  # what isn't finite in the model shows where it is used
+                modified = fold_constants(model, onnx_shape_inference=False, should_fold=should_fold).modified
+            if not modified:
                 break
         except RuntimeError as error:
             raise ModelError(f"constants can't be folded: {str(error).splitlines()[0]}") from None

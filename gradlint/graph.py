@@ -132,14 +132,12 @@ def trainable(value: ir.Value) -> bool:
     kind = value.metadata_props.get(_KIND)
     if kind is not None:
         return kind.endswith("PARAMETER")
-    if tensor.size < 2:
-        return False
     uses = list(value.uses())
     if _FOLDED in value.metadata_props:
         made_of, there = folded_parameters(value), value.graph.initializers if value.graph is not None else {}
         alone = len(made_of) == 1 or not any(name in there for name in made_of)
         return bool(made_of) and alone and not _is_mask(tensor)
-    if not uses or all(u.idx in _SETTINGS.get(op(u.node), ()) for u in uses):
+    if tensor.size < 2 or not uses or all(u.idx in _SETTINGS.get(op(u.node), ()) for u in uses):
         return False
     steps = ("Sub", "Div", "Mul", "Add")
     if tensor.size <= 4 and all(op(u.node) in steps and _reads_input(u.node, value.graph) for u in uses):
@@ -147,21 +145,33 @@ def trainable(value: ir.Value) -> bool:
     return not (all(op(u.node) in ("Add", "Mul", "Sub") for u in uses) and _is_mask(tensor))
 
 
-# What modules call their parameters, as the last part of a name; buffers are tables of numbers, masks and statistics.
-_PARAMETER = re.compile(r"weight|bias|kernel|table|embed|token|scale|gamma|beta|alpha|original|query|latent|rel_pos")
-_BUFFER = re.compile(r"(_|^)(idxs?|ids?|index|indices|mask|freqs?|sin|cos)$")
-_COMPUTED = frozenset({"sin", "cos", "sin_1", "cos_1"})
+# What modules call their buffers, as the last part of a name: indices, masks, statistics, tables that were computed.
+_BUFFER = re.compile(
+    r"(^|_)(idxs?|ids?|index|indices|mask|masked_bias|freqs?|sin|cos|pe|mean|var|std|u|v|window|filters?|fb|grid|coords\w*|"
+    r"anchors|positions?|num_batches_tracked)(_cached)?$"
+)
+_TOP_LEVEL = re.compile(r"^[a-z](?!.*_\d+$).*(token|embed|weight|bias|gamma|beta|scale)")  # beside names of operations
 
 
 def folded_parameters(value: ir.Value) -> list[str]:
     """The parameters from which torch's exporter computed this constant. Of what it computed from it keeps the names,
-    and says no more which of them are parameters: those that the node mentions as such, or that are called like one."""
+    and says no more which of them are parameters: those that the node mentions as such, or else those that aren't
+    called like a buffer."""
     made_of = _literal(value.metadata_props.get(_FOLDED, "[]"))
     nodes = " ".join(fx_node(u.node) or "" for u in value.uses())
-    if (mentioned := [n for n in made_of if re.search(rf"%{_mangled(n)}\b", nodes)]) or _COMPUTED & set(made_of):
+    if mentioned := [n for n in made_of if re.search(rf"%{_mangled(n)}\b", nodes)]:
         return mentioned
-    leaves = {name: name.rpartition(".")[2] for name in made_of if "." in name}
-    return [name for name, leaf in leaves.items() if _PARAMETER.search(leaf) and not _BUFFER.search(leaf)]
+    stored = [name for name in made_of if "." in name or _TOP_LEVEL.match(name)]
+    return [name for name in stored if not _BUFFER.search(name.rpartition(".")[2])]
+
+
+_LOOKUPS = re.compile(r"(index|embedding|gather|index_select|expand|repeat|tile|repeat_interleave)(_\d+)?")
+
+
+def was_looked_up(value: ir.Value) -> bool:
+    """Did torch's exporter fold an operation that reads rows of a parameter, or repeats it, into this constant?"""
+    steps = (str(value.name), *_literal(value.metadata_props.get(_FOLDED, "[]")))
+    return any(_LOOKUPS.fullmatch(step) for step in steps)
 
 
 def mark_constants(model: ir.Model) -> None:
@@ -174,6 +184,12 @@ def mark_constants(model: ir.Model) -> None:
         for value in values:
             if _KIND not in value.metadata_props and _FOLDED not in value.metadata_props and value not in folded:
                 mark_constant(value)
+
+
+def padding_row(node: ir.Node) -> int | None:
+    """The row of an embedding that torch doesn't train (`padding_idx`)."""
+    found = re.search(r"aten\.embedding\.default\]\(args = \(%\w+, %\w+, (\d{1,9})[,)]", fx_node(node) or "")
+    return int(found[1]) if found else None
 
 
 def took_batchnorm(node: ir.Node) -> bool:
@@ -238,8 +254,9 @@ def weight_uses(graph: ir.Graph) -> list[WeightUse]:
 def _known_as(value: ir.Value, node: ir.Node, index: int) -> str | list[str] | None:
     """The parameter's name; where modules share it, also what the one that uses it here calls it (torch keeps one name
     of a tied embedding, or of a module that is registered under several)."""
-    if (named := value.meta.get("parameter")) is not None:
-        return str(named)
+    named: str | list[str] | None = value.meta.get("parameter")
+    if named is not None:
+        return named
     named = parameter_name(node, index, value)
     if not isinstance(named, str) or (owner := module(node)) is None or not fx_node(node):
         return named
@@ -273,20 +290,19 @@ def split_merged(model: ir.Model) -> None:
     for value in list(model.graph.initializers.values()):
         if not trainable(value):
             continue
-        by_parameter: dict[str, list[Any]] = {}
+        by_parameter: dict[str, tuple[str | list[str] | None, list[Any]]] = {}
         for use in value.uses():
             named = parameter_name(use.node, use.idx, value)
-            by_parameter.setdefault(str(named), []).append(use)
-        if len(by_parameter) < 2 or any(
-            "p_" not in (fx_node(u.node) or "") for us in by_parameter.values() for u in us
-        ):
+            by_parameter.setdefault(str(named), (named, []))[1].append(use)
+        told = _FOLDED in value.metadata_props or all("p_" in (fx_node(u.node) or "") for u in value.uses())
+        if len(by_parameter) < 2 or not told:
             continue
-        for name, uses in list(by_parameter.items()):
+        for key, (named, uses) in by_parameter.items():
             twin = ir.Value(
-                name=f"{value.name}@{name}", const_value=value.const_value, shape=value.shape, type=value.type,
+                name=f"{value.name}@{key}", const_value=value.const_value, shape=value.shape, type=value.type,
                 metadata_props=dict(value.metadata_props),
             )  # fmt: skip
-            twin.meta["initializer"], twin.meta["parameter"] = value.name, name
+            twin.meta["initializer"], twin.meta["parameter"] = value.meta.get("initializer", value.name), named
             model.graph.register_initializer(twin)
             for use in uses:
                 use.node.replace_input_with(use.idx, twin)
@@ -345,7 +361,7 @@ def parameter_name(node: ir.Node, index: int, value: ir.Value) -> str | list[str
     if took_batchnorm(node):  # what is added behind a kernel without a bias is the BatchNormalization's own
         made_up = any(v is not None and name == f"{v.name}_bias" for v in node.inputs)
         return _dotted(mentioned[-1], node) if made_up and mentioned else name
-    made_of = folded_parameters(value)
+    made_of = [_in_layer(name, node) for name in folded_parameters(value)]
     if own := [n for n in made_of if _mangled(n) in mentioned]:
         return _one_or_all(own)
     if not mentioned and not made_of:
@@ -371,6 +387,21 @@ def parameter_name(node: ir.Node, index: int, value: ir.Value) -> str | list[str
     ]
     rank = weights.index(index) if index in weights else 0
     return _dotted(rest[min(rank, len(rest) - 1)], node)
+
+
+def _in_layer(name: str, node: ir.Node) -> str:
+    """Of a constant that several layers share, since their parameters hold the same numbers: that of the node's own."""
+    owner, _, leaf = name.rpartition(".")
+    scopes = _scopes(node)
+    if owner in scopes:
+        return name
+    twin = next((s for s in reversed(scopes) if s and numberless(s) == numberless(owner)), owner)
+    return f"{twin}.{leaf}" if twin else leaf
+
+
+def numberless(name: str) -> str:
+    """Alike for the same parameter of all layers."""
+    return re.sub(r"\d+", "0", name)
 
 
 def _dotted(mangled: str, node: ir.Node) -> str:

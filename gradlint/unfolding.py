@@ -7,14 +7,22 @@ that a tied weight's gradient is a sum; what several parameters share because th
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from itertools import permutations
 
 import numpy as np
 import onnx_ir as ir
 
-from gradlint.graph import constant_array, dims, folded_parameters, is_float, mark_parameter, trainable
+from gradlint.graph import (
+    constant_array,
+    dims,
+    folded_parameters,
+    is_float,
+    mark_parameter,
+    numberless,
+    trainable,
+    was_looked_up,
+)
 
 _BLOCK = 1 << 22  # elements that are compared at once
 _RANK = 4
@@ -44,17 +52,13 @@ def _part_clones(graph: ir.Graph) -> None:
         copy = node.outputs[0]
         if kept is None or not kept.is_initializer() or copy.is_graph_output() or not trainable(kept):
             continue
-        if _numberless(str(kept.name)) == _numberless(str(copy.name)) or _is_even(kept):
+        if numberless(str(kept.name)) == numberless(str(copy.name)) or _is_even(kept):
             twin = ir.Value(name=copy.name, const_value=kept.const_value, shape=kept.shape, type=kept.type)
             twin.metadata_props.update(kept.metadata_props)
             twin.meta["initializer"] = kept.name
             ir.convenience.replace_all_uses_with(copy, twin)
             graph.remove(node, safe=True)
             graph.register_initializer(twin)
-
-
-def _numberless(name: str) -> str:
-    return re.sub(r"\d+", "0", name)
 
 
 def _is_even(value: ir.Value) -> bool:
@@ -71,26 +75,35 @@ def _join_copies(graph: ir.Graph) -> None:
     torch says which parameter it was made from; TorchScript's nameless constants have to hold its numbers.
     """
     by_size: dict[int, list[ir.Value]] = defaultdict(list)
+    first: dict[str, ir.Value] = {}  # of a parameter that isn't in the file itself
     for value in graph.initializers.values():
         if value.const_value is not None and "::" not in str(value.name) and len(dims(value) or ()) >= 2:
             by_size[value.const_value.size].append(value)
     for value in list(graph.initializers.values()):
         shape = dims(value)
-        if not is_float(value) or value.is_graph_output() or shape is None or not 2 <= len(shape) <= _RANK:
+        if not is_float(value) or value.is_graph_output() or shape is None or len(shape) > _RANK:
             continue
-        made_of = [graph.initializers[n] for n in folded_parameters(value) if n in graph.initializers]
-        origins = made_of or (by_size[math.prod(shape)] if "::" in str(value.name) else [])
-        node = next((made for origin in origins if (made := _made_of(graph, value, origin)) is not None), None)
-        if node is not None:
-            _replace(graph, value, [node])
+        names = folded_parameters(value)
+        origins = [graph.initializers.get(name, first.get(name, value)) for name in names]
+        if len(names) == 1:
+            first.setdefault(names[0], value)
+        if "::" in str(value.name) and len(shape) >= 2:
+            origins = by_size[math.prod(shape)]
+        for origin in origins:
+            if (node := _made_of(graph, value, origin)) is not None:
+                _replace(graph, value, [node])
+                break
 
 
 def _made_of(graph: ir.Graph, value: ir.Value, origin: ir.Value) -> ir.Node | None:
     """The node that makes `value` of `origin` by a transposition or by repeating it."""
     copy = constant_array(value)
     source = constant_array(origin) if trainable(origin) and origin is not value else None
-    if copy is None or source is None or source.dtype != copy.dtype or _is_even(origin):
+    guessed = "::" in str(value.name)
+    if copy is None or source is None or source.dtype != copy.dtype or (guessed and _is_even(origin)):
         return None
+    if source.shape == copy.shape and _equal(source, copy):
+        return ir.node("Identity", [origin], name=f"{value.name}.identity")
     for order in permutations(range(copy.ndim)) if source.ndim == copy.ndim else ():
         if tuple(source.shape[k] for k in order) == copy.shape and _equal(source.transpose(order), copy):
             return ir.node("Transpose", [origin], {"perm": list(order)}, name=f"{value.name}.transpose")
@@ -116,7 +129,9 @@ def _replace(graph: ir.Graph, value: ir.Value, nodes: list[ir.Node]) -> None:
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    rows = max(1, _BLOCK // max(1, a[0].size))
+    if a.ndim == 0:
+        return bool(a == b)
+    rows = max(1, _BLOCK * len(a) // max(1, a.size))
     return all(np.array_equal(a[k : k + rows], b[k : k + rows]) for k in range(0, len(a), rows))
 
 
@@ -131,7 +146,9 @@ def _restore_tables(graph: ir.Graph) -> None:
     """
     for value in list(graph.initializers.values()):
         made_of = folded_parameters(value)
-        if len(made_of) != 1 or made_of[0] in graph.initializers or not trainable(value) or value.is_graph_output():
+        if len(made_of) != 1 or made_of[0] in graph.initializers or not was_looked_up(value):
+            continue
+        if not trainable(value) or value.is_graph_output():
             continue
         array = constant_array(value)
         found = None if array is None or array.size > _LARGEST_TABLE or _is_even(value) else _table(array)

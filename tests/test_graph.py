@@ -122,7 +122,9 @@ def test_modules_and_frames_come_from_the_exporter() -> None:
 @pytest.mark.parametrize(
     ("name", "path"),
     [
-        ("/layers/layers.0/Gemm", "layers.layers.0"),
+        ("/layers/layers.0/Gemm", "layers.0"),
+        ("/features/features.0/features.0.1/conv/Conv", "features.0.1.conv"),
+        ("/block/layers/layers.0/Gemm", "block.layers.0"),
         ("/Relu", None),
         ("sequential/dense_1/MatMul", "sequential.dense_1"),
         ("StatefulPartitionedCall/sequential/dense_1/BiasAdd", "sequential.dense_1"),

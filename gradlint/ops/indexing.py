@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from gradlint.backward import Backward, Unsupported
 from gradlint.domain import Array, Gradient, Moments, Range
-from gradlint.graph import attribute, constant_array, dims
+from gradlint.graph import attribute, constant_array, dims, padding_row
 from gradlint.ops.concatenation import along, piece, placed, size_of
 from gradlint.ops.shape import LARGEST, averaged, lifted, parts, resolution
 from gradlint.transfer import Context, blocks, row
@@ -165,7 +165,10 @@ def gather_bound(
 
 
 def gather_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
-    """Constant neighbouring rows are put back by Pad, a permutation by its inverse; others are scattered and added."""
+    """Constant neighbouring rows are put back by Pad, a permutation by its inverse; others are scattered and added.
+
+    The row that pads (torch's `padding_idx`) has no gradient: training leaves it alone.
+    """
     x, index = node.inputs[:2]
     g = gs[0]
     assert x is not None
@@ -173,6 +176,9 @@ def gather_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     assert g is not None
     axis, size = along(x, attribute(node, "axis", 0))
     ids = constant_array(index)
+    if (padding := padding_row(node)) is not None and axis == 0 and index.dtype is not None:
+        pads = b.op("Equal", index, b.constant(padding, index.dtype.numpy()), dtype=ir.DataType.BOOL)
+        g = b.op("Where", b.op("Unsqueeze", pads, b.constant([-1])), b.scalar(0.0, g), g, dtype=g.dtype)
     if ids is not None and (run := _run(ids, size)) is not None:
         return (_placed_back(b, g, x, axis, *run, ids.ndim), None)
     if ids is not None and ids.ndim == 1 and size is not None and np.array_equal(np.sort(ids % size), np.arange(size)):

@@ -22,6 +22,7 @@ from gradlint.fused import take_apart
 from gradlint.graph import mark_constants, op, trainable
 from gradlint.invariants import read_invariants_outside
 from gradlint.lifting import lift, resolve_auto_pad
+from gradlint.operands import check_operands
 from gradlint.respelling import respell
 from gradlint.subgraphs import name_outputs
 
@@ -81,6 +82,7 @@ def canonicalize(
     common.RemoveUnusedNodesPass()(model)
     _remove_unread(model)
     common.AddDefaultAttributesPass()(model)
+    check_operands(model.graph, where)
     for node in model.graph.all_nodes():
         resolve_auto_pad(node)
     del model.graph.outputs[len(outputs) :]

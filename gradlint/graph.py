@@ -147,10 +147,11 @@ def trainable(value: ir.Value) -> bool:
 
 # What modules call their buffers, as the last part of a name: indices, masks, statistics, tables that were computed.
 _BUFFER = re.compile(
-    r"(^|_)(idxs?|ids?|index|indices|mask|masked_bias|freqs?|sin|cos|pe|mean|var|std|u|v|window|filters?|fb|grid|coords\w*|"
-    r"anchors|positions?|num_batches_tracked)(_cached)?$"
+    r"(^|_)(idxs?|ids?|index|indices|mask|masked_bias|freqs?|sin|cos|running_mean|running_var|window|filters?|grid|"
+    r"coords\w*|anchors|positions?)(_cached)?$|^_?(u|v|pe|fb|mean|var|std|pixel_mean|pixel_std)$"
 )
-_TOP_LEVEL = re.compile(r"^[a-z](?!.*_\d+$).*(token|embed|weight|bias|gamma|beta|scale)")  # beside names of operations
+# Parameters of the model itself have no module before their name; those of operations (`mul_1`, `t`) stand beside them.
+_TOP_LEVEL = re.compile(r"[A-Z]\w*|(?!t$)[a-z]\d?|[a-z]\w*(token|pos_embed|weight|bias|gamma|beta|scale)s?(_\d+)?")
 
 
 def folded_parameters(value: ir.Value) -> list[str]:
@@ -161,7 +162,7 @@ def folded_parameters(value: ir.Value) -> list[str]:
     nodes = " ".join(fx_node(u.node) or "" for u in value.uses())
     if mentioned := [n for n in made_of if re.search(rf"%{_mangled(n)}\b", nodes)]:
         return mentioned
-    stored = [name for name in made_of if "." in name or _TOP_LEVEL.match(name)]
+    stored = [name for name in made_of if "." in name or _TOP_LEVEL.fullmatch(name)]
     return [name for name in stored if not _BUFFER.search(name.rpartition(".")[2])]
 
 

@@ -239,11 +239,16 @@ def _chunks(graph: ir.Graph, data: Data) -> tuple[int, int]:
             first = shape
             break
     batch = first[0] if first else 1
-    if len(first or ()) == 3 and any(
-        op(u.node) in ("LSTM", "GRU", "RNN") and u.idx == 0 for v in graph.inputs for u in v.uses()
-    ):
-        batch = first[1] if first else 1  # (T, B, I)
+    if first is not None and len(first) == 3 and _is_time_major(graph, first):
+        batch = first[1]
     return max(1, batch), chunks
+
+
+def _is_time_major(graph: ir.Graph, shape: tuple[int, ...]) -> bool:
+    """Is the input (T, B, I)? A recurrent operator reads it so, or the outputs have B rows and not T."""
+    rows = {sizes[0] for o in graph.outputs if is_float(o) and (sizes := dims(o))}
+    reads = any(op(u.node) in ("LSTM", "GRU", "RNN") and u.idx == 0 for v in graph.inputs for u in v.uses())
+    return reads or (shape[0] not in rows and shape[1] in rows)
 
 
 def _learn_shapes(model: ir.Model, graph: ir.Graph, feeds: Arrays, threads: int) -> None:

@@ -88,6 +88,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "load": {"exceptions", "graph"},
     "source_tree": {"exceptions", "graph", "results"},
     "iterations": {"graph"},
+    "operands": {"exceptions", "graph"},
     "unfolding": {"graph"},
     "lookups": {"constants", "graph"},
     "data": {"exceptions", "graph", "lookups"},

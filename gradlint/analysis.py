@@ -25,12 +25,13 @@ from gradlint.exceptions import DataError
 from gradlint.fact_table import Fact, Subject
 from gradlint.facts import EXPORT_LINE, Facts, gather, request
 from gradlint.folding import folded_batchnorms, is_restored, restore_batchnorms
-from gradlint.graph import FLOATS, dims, is_float, op, split_merged
+from gradlint.graph import FLOATS, dims, is_float, op
 from gradlint.identity import identities
 from gradlint.judge import judge, verdict
 from gradlint.load import Source, from_proto, read, source
 from gradlint.naming import check_names
 from gradlint.options import Options
+from gradlint.parameters import split_merged
 from gradlint.pictures import pictured
 from gradlint.probe import Probe, Skipped, probe
 from gradlint.reach import disconnected_subjects, draw_zero_heads

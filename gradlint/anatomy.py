@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from gradlint.graph import ACTIVATIONS, WeightUse, is_float, op, weight_uses
+from gradlint.graph import ACTIVATIONS, is_float, op
+from gradlint.parameters import WeightUse, weight_uses
 from gradlint.subgraphs import subgraphs
 
 

@@ -29,18 +29,10 @@ from gradlint.estimate import Estimate, Proof
 from gradlint.fact_table import Fact, Scope, Subject
 from gradlint.flow import Flow, cotangent_norm
 from gradlint.folding import folded_batchnorms
-from gradlint.graph import (
-    REORDERS,
-    WeightUse,
-    dims,
-    is_float,
-    leads_to,
-    main_output,
-    op,
-    source,
-)
+from gradlint.graph import REORDERS, dims, is_float, leads_to, main_output, op, source
 from gradlint.layer_facts import layer_figures, layer_inputs, layer_row, place
 from gradlint.options import Options
+from gradlint.parameters import WeightUse
 from gradlint.patterns import compositions, scalar
 from gradlint.positions import estimated_difference, last_features, told_apart
 from gradlint.probe import Probe, Request, Skipped

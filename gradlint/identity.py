@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 import onnx_ir as ir
 
 from gradlint.anatomy import Anatomy
-from gradlint.graph import WeightUse, module, op
+from gradlint.graph import module, op
+from gradlint.parameters import WeightUse
 
 
 def identities(parts: Anatomy) -> Mapping[str, str]:

@@ -14,8 +14,9 @@ from gradlint.domain import Moments
 from gradlint.estimate import Estimate, Proof
 from gradlint.fact_table import Fact
 from gradlint.flow import Flow, cotangent_norm, decades, estimated_signal
-from gradlint.graph import ACTIVATIONS, WeightUse, dims, is_gate, leads_to, main_output, module, op, source
+from gradlint.graph import ACTIVATIONS, dims, is_gate, leads_to, main_output, module, op, source
 from gradlint.ops.activation import LOST, active_share, lost_share, saturated_share
+from gradlint.parameters import WeightUse
 from gradlint.probe import Probe, activation_figures
 from gradlint.results import Evidence, LayerRow
 from gradlint.structure import unit_axis

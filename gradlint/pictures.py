@@ -12,10 +12,11 @@ from gradlint.anatomy import Anatomy
 from gradlint.attention_facts import Attention, attentions
 from gradlint.fact_table import Fact
 from gradlint.facts import PICTURED, Facts
-from gradlint.graph import WeightUse, constant_array, op
+from gradlint.graph import constant_array, op
 from gradlint.histograms import Histogram
 from gradlint.init_fit import sample
 from gradlint.load import release
+from gradlint.parameters import WeightUse
 from gradlint.probe import Probe
 from gradlint.recurrent_facts import CELLS, unrolled
 from gradlint.results import Evidence, LayerRow, Picture, PictureKind

@@ -12,18 +12,8 @@ import gradlint.ops  # noqa: F401  (fills BLOCKED)
 from gradlint.anatomy import Anatomy
 from gradlint.attention_facts import Attention
 from gradlint.fact_table import Fact, Subject
-from gradlint.graph import (
-    MOVES,
-    PRODUCTS,
-    WeightUse,
-    attribute,
-    constant_array,
-    dims,
-    holds_floats,
-    is_float,
-    op,
-    trainable,
-)
+from gradlint.graph import MOVES, PRODUCTS, attribute, constant_array, dims, holds_floats, is_float, op, trainable
+from gradlint.parameters import WeightUse
 from gradlint.patterns import array_behind, onward, rescaled
 from gradlint.structure import KERNEL_OPS, Bypasses
 from gradlint.subgraphs import subgraphs

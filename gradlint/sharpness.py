@@ -19,7 +19,8 @@ import onnx_ir as ir
 from gradlint.anatomy import Anatomy
 from gradlint.estimate import Estimate
 from gradlint.fact_table import Subject
-from gradlint.graph import WeightUse, dims, is_float
+from gradlint.graph import dims, is_float
+from gradlint.parameters import WeightUse
 from gradlint.patterns import normalisations
 from gradlint.probe import Probe
 from gradlint.weight_facts import role

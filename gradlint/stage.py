@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from gradlint.graph import WeightUse, constant_array, dims
+from gradlint.graph import constant_array, dims
 from gradlint.init_fit import looks_drawn
 from gradlint.load import release
 from gradlint.options import Stage
+from gradlint.parameters import WeightUse
 from gradlint.weight_facts import role
 
 _MOST, _HALF = 0.8, 0.5

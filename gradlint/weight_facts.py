@@ -13,9 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from gradlint.fact_table import Fact
-from gradlint.graph import WeightUse, attribute, constant_array, dims, op
+from gradlint.graph import attribute, constant_array, dims, op
 from gradlint.init_fit import Fit, best_fit
 from gradlint.load import release
+from gradlint.parameters import WeightUse
 from gradlint.patterns import NORMALISATIONS, array_behind, divides_by_deviation
 
 _BLOCK = 1 << 18  # elements read at a time

@@ -9,8 +9,9 @@ import pytest
 
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
-from gradlint.graph import frames, is_gate, is_head, main_output, module, split_merged, trainable, weight_uses
+from gradlint.graph import frames, is_gate, is_head, main_output, module, trainable
 from gradlint.load import from_proto, read
+from gradlint.parameters import split_merged, weight_uses
 
 GOLDEN = Path(__file__).parent / "golden"
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>'

@@ -85,6 +85,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "options": {"exceptions"},
     "results": {"exceptions"},
     "graph": {"results"},
+    "parameters": {"graph"},
     "load": {"exceptions", "graph"},
     "source_tree": {"exceptions", "graph", "results"},
     "iterations": {"graph"},

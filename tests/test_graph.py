@@ -113,6 +113,36 @@ def test_a_parameter_of_one_module_under_several_names_has_them_all() -> None:
     assert second.parameter == "mlp4.weight"
 
 
+def test_a_kernel_keeps_its_name_when_a_batchnorm_is_folded_into_it() -> None:
+    """Its node is now called after the BatchNormalization, and so is the bias that the exporter had to add."""
+    graph = text(
+        "h = Conv(x, k1, b1)  y = Conv(h, k2, b2)",
+        """<float[2, 2, 1] k1 = {1, 2, 3, 4}, float[2] b1 = {1, 2},
+            float[2, 2, 1] k2 = {4, 3, 2, 1}, float[2] b2 = {2, 1}>""",
+        "(float[2, 2, 4] x) => (float[2, 2, 4] y)",
+    )
+    names = {"k1": "0.weight", "b1": "0.bias", "k2": "2.conv.weight", "b2": "2.conv.weight_bias"}
+    for value in list(graph.initializers.values()):
+        value.name = names[str(value.name)]
+    for node, norm in zip(graph, ("1", "2.norm"), strict=True):
+        told = f"%n : (args = (%conv, %p_{norm.replace('.', '_')}_weight, %p_{norm.replace('.', '_')}_bias, %m, %v))"
+        node.metadata_props["pkg.torch.onnx.fx_node"] = told
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = f"['', '{norm}', 'batch_norm']"
+        node.metadata_props["pkg.onnxscript.rewriter.rule_name"] = "FuseBatchNormIntoConv"
+    assert [u.parameter for u in weight_uses(graph)] == ["0.weight", "0.bias", "2.conv.weight", "2.norm.bias"]
+
+
+def test_a_merged_parameter_whose_module_never_ran_is_called_like_its_twin() -> None:
+    """MultiheadAttention reads its projection's weight itself: no scope spells `out_proj.weight`."""
+    graph = text("h = MatMul(x, w) y = MatMul(h, w)", f"<float[4, 4] w = {{{', '.join(map(str, range(16)))}}}>")
+    (value,) = graph.initializers.values()
+    value.name = "layers.0.attn.out_proj.weight"
+    for k, node in enumerate(graph):
+        node.metadata_props["pkg.torch.onnx.fx_node"] = f"%linear : (args = (%x, %p_layers_{k}_attn_out_proj_weight))"
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = f"['', 'layers.{k}', 'layers.{k}.attn', 'linear']"
+    assert [u.parameter for u in weight_uses(graph)] == [f"layers.{k}.attn.out_proj.weight" for k in (0, 1)]
+
+
 def test_modules_and_frames_come_from_the_exporter() -> None:
     graph = golden("attention")
     modules = {module(n) for n in graph}

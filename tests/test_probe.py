@@ -1,5 +1,6 @@
 """The probe: what it measures, on which data, and what it says when it can't."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from builders import mlp, transformer
 from onnx import TensorProto, helper, numpy_helper
 
 import gradlint
-from gradlint.exceptions import DataError
+from gradlint.exceptions import DataError, ModelError
 from gradlint.results import Report
+from gradlint.testing import session
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -228,3 +230,67 @@ def test_running_statistics_stay_as_they_are(tmp_path: Path) -> None:
     reports = [gradlint.check(tmp_path / "m.onnx", mode="train") for _ in range(2)]
     assert reports[0].weights == reports[1].weights
     assert (tmp_path / "m.data").read_bytes() == before
+
+
+def rows_of(model: onnx.ModelProto, wrt: str, **inputs: np.ndarray) -> np.ndarray:
+    """The gradient of the sum of `y`."""
+    backward = gradlint.differentiate(model, wrt=[wrt])
+    run = session(backward)
+    (shape,) = [[d.dim_value for d in o.type.tensor_type.shape.dim] for o in model.graph.output]
+    return np.asarray(run.run([f"{wrt}.grad"], {**inputs, "y.cotangent": np.ones(shape, np.float32)})[0])
+
+
+def test_the_row_that_pads_an_embedding_is_not_trained() -> None:
+    """By the exporter's word: torch's `padding_idx` leaves no other trace."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]> net (int64[2, 3] x) => (float[2, 3, 2] y)
+        <float[4, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}> { y = Gather(w, x) }"""
+    )
+    ids = np.array([[1, 0, 3], [1, 1, 3]])
+    plain = rows_of(model, "w", x=ids)
+    told = "%embedding : (target=torch.ops.aten.embedding.default](args = (%p_w, %x, 1), kwargs = {})"
+    model.graph.node[0].metadata_props.add(key="pkg.torch.onnx.fx_node", value=told)
+    assert plain[:, 0].tolist() == [1, 3, 0, 2]
+    assert rows_of(model, "w", x=ids)[:, 0].tolist() == [1, 0, 0, 2]
+
+
+def test_a_kernel_behind_a_transposition_that_swaps_nothing() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]> net (float[2, 3] x) => (float[2, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}> { v = Tanh(w)  t = Transpose<perm = [0, 1]>(v)  y = MatMul(x, t) }"""
+    )
+    x = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    w = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
+    assert rows_of(model, "x", x=x) == pytest.approx(np.tile(np.tanh(w).sum(1), (2, 1)), rel=1e-5)
+
+
+def test_an_unrolled_recurrence_over_steps_first_has_the_examples_of_its_output() -> None:
+    """(T, B, I) without a recurrent operator: the outputs have B rows."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]> net (float[3, 2, 4] x) => (float[2, 4] y)
+        <int64 last = {2}, float[4, 4] w = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}>
+        { s = Gather(x, last)  y = MatMul(s, w) }"""
+    )
+    x = np.random.default_rng(0).standard_normal((3, 2, 4)).astype(np.float32)
+    target = np.ones((2, 4), np.float32)
+    (row,) = gradlint.check(model, data={"x": x, "target": target}).weights
+    expected = np.sqrt(np.mean((x[2].sum(0) / np.sqrt(2)) ** 2))
+    assert row.measured["grad_rms"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "weights", "said"),
+    [
+        ("y = Conv(x, k, b)", "float[2, 3, 1] k = {1, 2, 3, 4, 5, 6}, float[2, 1] b = {1, 2}", "'b' has (2, 1)"),
+        (
+            "y = RNN<hidden_size = 1>(x, w, r, , , h)",
+            "float[1, 1, 5] w = {1, 2, 3, 4, 5}, float[1, 1, 1] r = {1}, float[1, 3, 2] h = {1, 2, 3, 4, 5, 6}",
+            "'h' has (1, 3, 2)",
+        ),
+    ],
+)
+def test_an_operand_of_a_shape_that_no_runtime_takes_is_said(body: str, weights: str, said: str) -> None:
+    header = '<ir_version: 10, opset_import: ["" : 20]>'
+    model = onnx.parser.parse_model(f"{header} net (float[2, 3, 5] x) => (float[N, M, K] y) <{weights}> {{ {body} }}")
+    with pytest.raises(ModelError, match=re.escape(said)):
+        gradlint.check(model)

@@ -135,7 +135,8 @@ def trainable(value: ir.Value) -> bool:
     if was_folded(value):
         made_of, there = folded_parameters(value), value.graph.initializers if value.graph is not None else {}
         alone = len(made_of) == 1 or not any(name in there for name in made_of)
-        return bool(made_of) and alone and not _is_mask(tensor)
+        added = all(op(u.node) in ("Add", "Mul", "Sub", "Where") for u in uses)
+        return bool(made_of) and alone and not (added and _is_mask(tensor))
     if tensor.size < 2 or not uses or all(u.idx in SETTINGS.get(op(u.node), ()) for u in uses):
         return False
     steps = ("Sub", "Div", "Mul", "Add")
@@ -146,7 +147,7 @@ def trainable(value: ir.Value) -> bool:
 
 # What modules call their buffers, as the last part of a name: indices, masks, statistics, tables that were computed.
 _BUFFER = re.compile(
-    r"(^|_)(idxs?|ids?|index|indices|mask|masked_bias|freqs?|sin|cos|running_mean|running_var|window|filters?|grid|"
+    r"(^|_)(idxs?|ids?|index|indices|masks?|masked_bias|freqs?|sin|cos|running_mean|running_var|window|filters?|grid|"
     r"coords\w*|anchors|positions?)(_cached)?$|^_?(u|v|pe|fb|mean|var|std|pixel_mean|pixel_std)$"
 )
 # Parameters of the model itself have no module before their name; those of operations (`mul_1`, `t`) stand beside them.
@@ -158,8 +159,8 @@ def folded_parameters(value: ir.Value) -> list[str]:
     and says no more which of them are parameters: those that the node mentions as such, or else those that aren't
     called like a buffer."""
     made_of = _literal(value.metadata_props.get(_FOLDED, "[]"))
-    nodes = " ".join(fx_node(u.node) or "" for u in value.uses())
-    if mentioned := [n for n in made_of if re.search(rf"%{mangled(n)}\b", nodes)]:
+    told = {name for u in value.uses() for name in re.findall(r"%(p_\w+)", fx_node(u.node) or "")}
+    if mentioned := [n for n in made_of if mangled(n) in told]:
         return mentioned
     stored = [name for name in made_of if "." in name or _TOP_LEVEL.fullmatch(name)]
     return [name for name in stored if not _BUFFER.search(name.rpartition(".")[2])]

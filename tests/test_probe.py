@@ -294,3 +294,13 @@ def test_an_operand_of_a_shape_that_no_runtime_takes_is_said(body: str, weights:
     model = onnx.parser.parse_model(f"{header} net (float[2, 3, 5] x) => (float[N, M, K] y) <{weights}> {{ {body} }}")
     with pytest.raises(ModelError, match=re.escape(said)):
         gradlint.check(model)
+
+
+def test_an_operator_without_inputs_is_no_obstacle() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]> net (float[2, 3] x) => (float[N, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}>
+        { h = MatMul(x, w)  none = SequenceEmpty()  one = SequenceInsert(none, h)
+          y = ConcatFromSequence<axis = 0>(one) }"""
+    )
+    assert [row.name for row in gradlint.check(model).weights] == ["w"]

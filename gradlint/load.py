@@ -12,6 +12,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import onnx
@@ -115,13 +116,22 @@ def from_proto(proto: onnx.ModelProto, where: str, folder: Path, size: int | Non
         raise ModelError(f"{where}: the graph has a cycle: {_line(error)}") from None
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = _mapped(tensor, folder)
-            elif isinstance(tensor, ir.TensorProtoTensor):
-                # A protobuf hands out a copy of its bytes whenever it is asked: ask once.
-                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
+            if value.const_value is not None:
+                value.const_value = _own(value.const_value, folder)
+    for node in chain(model.graph.all_nodes(), *(f.all_nodes() for f in model.functions.values())):
+        for name, told in node.attributes.items():
+            if told.type == ir.AttributeType.TENSOR and not told.is_ref():
+                node.attributes[name] = ir.AttrTensor(name, _own(told.as_tensor(), folder))
     return model
+
+
+def _own(tensor: ir.TensorProtocol, folder: Path) -> ir.TensorProtocol:
+    """A tensor that keeps no protobuf alive: a part of one keeps the whole, all its weights."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return _mapped(tensor, folder)
+    if isinstance(tensor, ir.TensorProtoTensor):
+        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
+    return tensor
 
 
 def release(tensor: ir.TensorProtocol | None) -> None:

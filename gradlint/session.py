@@ -6,6 +6,7 @@ cotangent scaled by a power of two: the backward pass is linear in it.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -122,6 +123,7 @@ _REARRANGED: Mapping[str, Callable[..., np.ndarray]] = {
     "Transpose": lambda node, data: np.transpose(data, attribute(node, "perm")),
     "Gather": _gathered,
     "Reshape": _reshaped,
+    "Flatten": lambda node, data: data.reshape(math.prod(data.shape[: attribute(node, "axis", 1)]), -1),
 }
 
 

@@ -1,6 +1,8 @@
 """Foreign files: what is sound loads, what is wrong gives one clear line."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -276,3 +278,34 @@ def test_what_the_reader_can_not_take_is_one_line(tmp_path: Path) -> None:
     model.graph.input[0].type.tensor_type.elem_type = 99
     with pytest.raises(ModelError, match=r"the graph can't be read: [^\n]+$"):
         read(write(tmp_path, model.SerializeToString()))
+
+
+HELD = """
+import sys
+from gradlint.load import read
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
+source = read(sys.argv[1])
+print(resident() - before)
+"""
+
+
+def test_weights_are_held_once_though_a_node_holds_a_tensor_too(tmp_path: Path) -> None:
+    """A part of a protobuf keeps all of it in memory."""
+    size = 16 << 20
+    graph = helper.make_graph(
+        [
+            helper.make_node("Constant", [], ["one"], value=numpy_helper.from_array(np.ones(1, np.float32))),
+            helper.make_node("Gemm", ["x", "w"], ["h"]),
+            helper.make_node("Add", ["h", "one"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.zeros((4, size // 4), np.float32), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = write(tmp_path, model.SerializeToString())
+    done = subprocess.run([sys.executable, "-c", HELD, str(path)], capture_output=True, text=True, check=True)
+    assert 4 * size <= int(done.stdout) < 6 * size

@@ -118,7 +118,7 @@ def _weight(
     return {
         "grad_rms": math.sqrt(square / max(1, size)) if math.isfinite(square) else math.inf,
         "grad_mean_abs": float(sums["wabs", name]) / max(1, size),
-        "zero_share": 1 - float(sums["nonzero", name]) / taps.samples[name],
+        "zero_share": float(np.mean(sums["sample", name] == 0)),
     }
 
 

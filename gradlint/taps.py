@@ -15,7 +15,7 @@ from gradlint.ops.activation import FLAT, LOST
 from gradlint.transfer import VJP, derivative
 
 _SAMPLE = 1 << 16  # elements that shares of an activation are counted on
-_FEW = 1 << 13  # those of a weight's gradient, whose share of zeros is known to 0.01 from them
+_FEW = 1 << 12  # those of a weight's gradient, whose share of zeros is known to 0.01 from them
 _SMALL = 1 << 12  # elements of a gradient that three reductions would cost more than it does
 _LONG = 1 << 22  # elements whose squares one float32 sums up to 1e-4 of them
 
@@ -26,7 +26,7 @@ class Taps:
 
     b: Backward
     outputs: dict[tuple[str, str], ir.Value] = field(default_factory=dict)
-    samples: dict[str, int] = field(default_factory=dict)  # sizes: per unit of an activation, of a weight's gradient
+    samples: dict[str, int] = field(default_factory=dict)  # elements per unit of an activation
 
     def add(self, kind: str, name: str, value: ir.Value) -> None:
         self.outputs[kind, name] = value
@@ -113,7 +113,7 @@ def batch_axis(shape: tuple[int, ...], batch: int) -> int | None:
 
 
 def tap_weight(taps: Taps, name: str, weight: ir.Value, g: ir.Value, *, whole: bool) -> None:
-    """Squares and absolute values of all elements, nonzeros of a sample; a small gradient leaves as it is."""
+    """Squares and absolute values of all elements, and a sample of them; a small gradient leaves as it is."""
     b = taps.b
     if whole or math.prod(dims(weight) or ()) <= _SMALL:
         taps.add("whole", name, g)
@@ -130,9 +130,7 @@ def tap_weight(taps: Taps, name: str, weight: ir.Value, g: ir.Value, *, whole: b
         while math.gcd(step, size) > 1:  # one that divided a row would meet the same columns in each
             step += 1
         g = b.op("Slice", b.op("Reshape", g, b.constant([-1])), *(b.constant([k]) for k in (0, size, 0, step)))
-        size = math.ceil(size / step)
-    taps.samples[name] = size
-    taps.add("nonzero", name, b.op("ReduceSumSquare", b.op("Sign", g), keepdims=0))
+    taps.add("sample", name, g)
 
 
 def tap_activation(taps: Taps, name: str, node: ir.Node, unit_axis: int) -> None:

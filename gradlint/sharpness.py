@@ -92,7 +92,8 @@ def responsiveness(
     """`trace` over kernels, each without the part of its gradient that its input's mean over examples makes.
 
     gradients: RMS of a weight's; signals: of what a layer reads (std over examples / RMS), whose square is the share of
-    its second moment that tells examples apart. Input and gradient are taken as independent. -inf where nothing moves.
+    its second moment that tells examples apart. Input and gradient are taken as independent. -inf where nothing moves,
+    None where a gradient is not known.
     """
     read: dict[ir.Value, float] = {}
     for use in parts.uses:
@@ -100,10 +101,11 @@ def responsiveness(
             value = multiplied(use.layer, estimate)
             signal = 1.0 if value is None else signals(value)
             read[use.value] = max(read.get(use.value, 0.0), signal)
-    squares = [_square(value, gradients(value)) * min(signal, 1.0) ** 2 for value, signal in read.items()]
-    if not squares or not 0 < output_gradient < math.inf:
-        return None
-    return trace(squares, output_gradient, coherence) if sum(squares) > 0 else -math.inf
+    known = {value: gradients(value) for value in read}
+    squares = [_square(value, known[value]) * min(signal, 1.0) ** 2 for value, signal in read.items()]
+    if sum(squares) > 0 or not squares:
+        return trace(squares, output_gradient, coherence)
+    return -math.inf if 0 < output_gradient < math.inf and None not in known.values() else None
 
 
 def multiplied(layer: ir.Node, estimate: Estimate) -> ir.Value | None:

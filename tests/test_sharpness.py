@@ -109,3 +109,16 @@ def test_what_is_not_finite_is_infinitely_steep() -> None:
     assert trace([1.0, math.inf], 1.0) == math.inf
     assert trace([0.0], 1.0) is None
     assert trace([1.0], 0.0) is None
+
+
+def test_a_gradient_that_is_not_known_is_not_taken_for_none() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 4] x) => (float[N, 3] y) <float[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3}> {
+            parts = SplitToSequence <axis = 1> (x)
+            h = ConcatFromSequence <axis = 1> (parts)
+            y = MatMul (h, w)
+        }"""
+    )
+    report = gradlint.check(model, probe=False)
+    assert not [f for f in report.findings if f.rule == "weight-gradient-underflow"]

@@ -32,8 +32,8 @@ class Backward:
     needs: the values whose gradient is wanted or lies on the way to one. byproducts: gradients a row meets on the way,
     by node and name (recurrences: "arriving", "leaving"). prefix: starts the name of all that is built.
     cuts, tainted: where gradients stopped, and the values whose gradient is therefore not whole; reached: the nodes it
-    went through. reverse: differentiates
-    a subgraph (`gradlint.reverse.backward`); outer: the builder of the graph around, which keeps the constants.
+    went through; slopes: what elementwise ones multiplied it with. reverse: differentiates a subgraph
+    (`gradlint.reverse.backward`); outer: the builder of the graph around, which keeps the constants.
     """
 
     mode: str
@@ -43,6 +43,7 @@ class Backward:
     cuts: list[Cut] = field(default_factory=list)
     tainted: set[ir.Value] = field(default_factory=set)
     reached: set[ir.Node] = field(default_factory=set)
+    slopes: dict[ir.Node, ir.Value] = field(default_factory=dict)
     sent: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)
     children: int = 0
     nodes: list[ir.Node] = field(default_factory=list)

@@ -29,7 +29,7 @@ from gradlint.estimate import Estimate, Proof
 from gradlint.fact_table import Fact, Scope, Subject
 from gradlint.flow import Flow, cotangent_norm
 from gradlint.folding import folded_batchnorms
-from gradlint.graph import REORDERS, dims, is_float, leads_to, main_output, op, source
+from gradlint.graph import PRODUCTS, REORDERS, dims, is_float, leads_to, main_output, op, source
 from gradlint.layer_facts import layer_figures, layer_inputs, layer_row, place
 from gradlint.options import Options
 from gradlint.parameters import WeightUse
@@ -54,6 +54,7 @@ def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Re
     """What the probe measures: outputs of layers, of sums, of poles, and of whatever several nodes read. pictures: and
     the histograms of a page."""
     graph, poles, composed = parts.graph, set(pole_nodes(parts, estimate)), compositions(parts.graph)
+    biased = {main_output(n) for n in graph if op(n) in PRODUCTS}
     values: list[str] = []
     known: set[ir.Value] = set()  # measured, or holding the elements of what is
     for n in graph:
@@ -61,7 +62,7 @@ def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Re
             known.update(n.outputs)
         elif main_output(n) in n.outputs:  # else the sum with the bias stands for it
             sums = op(n) in ("Add", "Sum") and n not in composed and all(scalar(v) is None for v in n.inputs)
-            named = n in parts.layers or n in poles or sums
+            named = n in parts.layers or n in poles or sums or n.outputs[0] in biased
             chosen = [o for o in n.outputs if is_float(o) and (named or not _alone(o))]
             known.update(chosen)
             values += [str(o.name) for o in chosen]

@@ -22,7 +22,7 @@ from gradlint.exceptions import UsageError
 from gradlint.graph import holds_floats, is_float, op, trainable
 from gradlint.load import from_proto, read
 from gradlint.subgraphs import captured, inner
-from gradlint.transfer import BLOCKED, VJP
+from gradlint.transfer import BLOCKED, ELEMENTWISE, VJP
 
 CUT_KEY = "gradlint.cut"
 
@@ -66,6 +66,8 @@ def backward(
             b.cuts.append(Cut(str(node.name), op(node)))
             continue
         b.reached.add(node)
+        if op(node) in ELEMENTWISE and (slope := _factor(back[0], gs[0])) is not None:
+            b.slopes[node] = slope
         for value, g in (*zip(node.inputs, back, strict=False), *b.sent):
             if g is not None and value is not None and b.wanted(value):
                 grads.setdefault(value, []).append(g)
@@ -73,6 +75,14 @@ def backward(
     found = {v: g for v in wanted if v not in b.tainted and (g := _total(b, grads, v)) is not None}
     b.emit(graph, found.values())
     return b, found, tuple(reversed(b.cuts))
+
+
+def _factor(product: ir.Value | None, g: ir.Value | None) -> ir.Value | None:
+    """What g was multiplied with, element by element, where `product` is such a product."""
+    node = product.producer() if product is not None else None
+    if node is None or node.op_type != "Mul" or g not in node.inputs:
+        return None
+    return next((v for v in node.inputs if v is not g and v is not None and v.producer() is not None), None)
 
 
 def _free_name(graph: ir.Graph, name: str) -> str:

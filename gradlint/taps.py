@@ -140,23 +140,28 @@ def tap_activation(taps: Taps, name: str, node: ir.Node, unit_axis: int) -> None
     if z is None or not shape:
         return
     axis = unit_axis % len(shape)
-    sample = _some_positions(b, z, shape, axis)
-    attributes = {k: a.value for k, a in node.attributes.items()}
-    sampled = b.op(node.op_type, sample, *node.inputs[1:], domain=node.domain, **attributes).producer()
-    assert sampled is not None
-    b.needs.add(sample)
-    slopes = VJP[op(node)](b, sampled, [b.scalar(1.0, z)])[0]
+    slopes = b.slopes.get(node) or _slopes(b, node, z)
     if slopes is None:
         return
+    sample = _some_positions(b, slopes, shape, axis)
     seen = dims(sample) or shape
     before, after = math.prod(seen[:axis]), math.prod(seen[axis + 1 :])
     taps.samples[name] = before * after
-    slopes = b.op("Reshape", slopes, b.constant([before, seen[axis], after] if after > 1 else [before, seen[axis]]))
+    slopes = b.op("Reshape", sample, b.constant([before, seen[axis], after] if after > 1 else [before, seen[axis]]))
     taps.add("slope", name, _per_unit(b, b.op("Mul", slopes, slopes), before, after))
     steepest = derivative(op(node), node)[2]
     for kind, threshold in (("saturated", FLAT * (steepest or 0.0)), ("flat", LOST)):
         low = b.op("Less", b.op("Abs", slopes), b.scalar(threshold, z), dtype=ir.DataType.BOOL)
         taps.add(kind, name, _per_unit(b, b.op("Cast", low, dtype=ir.DataType.FLOAT, to=1), before, after))
+
+
+def _slopes(b: Backward, node: ir.Node, z: ir.Value) -> ir.Value | None:
+    """f'(z) of an activation that no gradient has come through, f being what the node computes of its input."""
+    attributes = {k: a.value for k, a in node.attributes.items()}
+    again = b.op(node.op_type, z, *node.inputs[1:], domain=node.domain, **attributes).producer()
+    assert again is not None
+    b.needs.add(z)
+    return VJP[op(node)](b, again, [b.scalar(1.0, z)])[0]
 
 
 def _per_unit(b: Backward, value: ir.Value, before: int, after: int) -> ir.Value:

@@ -149,3 +149,16 @@ def test_values_carry_the_signal_past_the_weights_of_an_attention() -> None:
         model.graph.node.insert(at + 1, back)
         model.graph.node.insert(at + 1, away)
     assert not gradlint.check(model, select=("signal-collapse",)).findings
+
+
+def test_a_layer_of_one_unit_is_measured_behind_its_bias() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[8, 4] x) => (float[8, 1] y) <float[4, 1] w = {1, 2, 3, 4}, float[1] b = {0.5}> {
+            h = MatMul (x, w)
+            y = Add (h, b)
+        }"""
+    )
+    (row,) = (layer for layer in gradlint.check(model).layers if layer.op_type == "MatMul")
+    assert row.measured is not None
+    assert row.measured["output_std"] > 0

@@ -54,7 +54,7 @@ def request(parts: Anatomy, estimate: Estimate, *, pictures: bool = False) -> Re
     """What the probe measures: outputs of layers, of sums, of poles, and of whatever several nodes read. pictures: and
     the histograms of a page."""
     graph, poles, composed = parts.graph, set(pole_nodes(parts, estimate)), compositions(parts.graph)
-    biased = {main_output(n) for n in graph if op(n) in PRODUCTS}
+    biased = {v for n in graph if op(n) in PRODUCTS and (v := main_output(n)) not in n.outputs}
     values: list[str] = []
     known: set[ir.Value] = set()  # measured, or holding the elements of what is
     for n in graph:

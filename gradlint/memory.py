@@ -36,7 +36,7 @@ def keep() -> None:
 
 @contextmanager
 def at_hand(size: int) -> Iterator[None]:
-    """While the body runs, another thread has the kernel hand over `size` bytes, to it and what comes after."""
+    """While the body runs, another thread has the kernel hand over the pages of `size` bytes that are free after it."""
     if _libc is None:
         yield
         return
@@ -46,10 +46,12 @@ def at_hand(size: int) -> Iterator[None]:
     def touch() -> None:
         for block in blocks:  # its whole pages; a kernel that doesn't know the advice leaves them for later
             libc.madvise(-(-block // page) * page, _BLOCK - page, _POPULATE_WRITE)
-        for block in blocks:
-            libc.free(block)
 
     thread = Thread(target=touch)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join()
+        for block in blocks:
+            libc.free(block)

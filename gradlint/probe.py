@@ -36,6 +36,8 @@ from gradlint.taps import (
 )
 from gradlint.transfer import ELEMENTWISE
 
+_SCRATCH = 2 << 20  # bytes a run needs beside what the backward pass reads
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -170,7 +172,7 @@ def probe(
     taken: set[ir.Value] = set(graph.inputs)
     graph.outputs.extend(named_output(graph, v, f"tap.{k}", taken) for k, v in enumerate(taps.distinct()))
     try:
-        with memory.at_hand(kept * 7 // 6):  # what is loaded takes its part
+        with memory.at_hand(kept * 5 // 6 + _SCRATCH):  # the rest fits into what loading frees
             session = session_of(model, graph, threads)
     except runtime_errors() as error:
         return Skipped(f"onnxruntime can't load the model: {_first_line(error)}", _remedy(error))

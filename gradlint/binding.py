@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from gradlint.exceptions import DataError
-from gradlint.graph import FLOATS, dims, is_float, op
+from gradlint.exceptions import DataError, ModelError
+from gradlint.graph import FLOATS, attribute, dims, is_float, op
 from gradlint.iterations import settle_shapes
+from gradlint.lifting import constant
 from gradlint.subgraphs import subgraphs
+
+_WINDOWS = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"})
 
 # Sizes tried, in this order, for dimensions nobody gave: images, then sequences and the rest.
 _IMAGE_SIZES = (64, 32, 48, 96, 128, 224, 256, 320, 512)
@@ -123,8 +126,31 @@ def bind(model: ir.Model, dims: Dims, where: str) -> tuple[str, ...]:
 def _missing(node: ir.Node) -> int:
     """Outputs of unknown shape, and those that hold nothing though no input is empty: of a window that doesn't fit."""
     unknown = sum(o.shape is None or not o.shape.is_static() for o in node.outputs)
-    full = all(v is None or not is_float(v) or 0 not in (dims(v) or ()) for v in node.inputs)
-    return unknown + (full and any(is_float(o) and 0 in (dims(o) or ()) for o in node.outputs))
+    return unknown + _lost(node)
+
+
+def _lost(node: ir.Node) -> bool:
+    """Does an output hold nothing though no input is empty?"""
+    full = not any(is_float(v) and _sizes(v, below=1) for v in node.inputs)
+    return full and any(is_float(o) and _sizes(o, below=1) for o in node.outputs)
+
+
+def _sizes(value: ir.Value | None, below: int) -> list[int]:
+    shape = () if value is None or value.shape is None else value.shape
+    return [d for d in shape if isinstance(d, int) and d < below]
+
+
+def check_windows(graph: ir.Graph, where: str) -> None:
+    """Raise ModelError for a window that doesn't fit its input: no runtime computes it."""
+    for node in graph:
+        if op(node) in _WINDOWS and _lost(node):
+            x = node.inputs[0]
+            assert x is not None
+            assert x.shape is not None
+            raise ModelError(
+                f"{where}: the window of {op(node)} {node.name!r} doesn't fit its padded input {_show(x.shape)}: "
+                "give other sizes with --input-shape or --dim, or mend the model"
+            )
 
 
 def _whole(value: ir.Value, given: tuple[int, ...] | None, where: str) -> ir.Shape:
@@ -179,13 +205,10 @@ def infer_shapes(model: ir.Model) -> bool:
                 for output in node.outputs:
                     output.shape = None
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
-    # onnx infers nothing for GroupNormalization; LayerNormalization, too, gives back its input's shape
-    grouped = [n for n in model.graph.all_nodes() if op(n) == "GroupNormalization"]
-    for node in grouped:
-        node.op_type = "LayerNormalization"
+    restore = [_stand_in(n) for n in list(model.graph.all_nodes())]
     ok = settle_shapes(model, lambda: _inferred(model))
-    for node in grouped:
-        node.op_type = "GroupNormalization"
+    for back in restore:
+        back()
     for value, shape in declared:
         value.shape = value.shape or shape
     if _guess_foreign(model):
@@ -196,6 +219,32 @@ def infer_shapes(model: ir.Model) -> bool:
         for o in n.outputs
         if o.shape is not None
     )
+
+
+def _stand_in(node: ir.Node) -> Callable[[], None]:
+    """Where onnx infers nothing, or wrongly, the node passes for one of the same shape; returns the way back."""
+    kind, inputs, graph = node.op_type, tuple(node.inputs), node.graph
+    if op(node) == "GroupNormalization":  # onnx infers nothing; this gives back its input's shape, too
+        node.op_type = "LayerNormalization"
+        return lambda: setattr(node, "op_type", kind)
+    outs, weight = attribute(node, "output_shape", ()), dims(inputs[1]) if len(inputs) > 1 else None
+    if op(node) != "ConvTranspose" or graph is None or weight is None or len(outs) != len(weight) - 2:
+        return lambda: None
+    # onnx loses the axes along which the output is smaller than the input
+    sizes = np.array([0, weight[1] * attribute(node, "group", 1), *outs])
+    shape = constant(graph, f"{node.outputs[0].name}/output_shape", sizes)
+    node.op_type = "Reshape"
+    node.resize_inputs(2)
+    node.replace_input_with(1, shape)
+
+    def restore() -> None:
+        node.op_type = kind
+        node.resize_inputs(len(inputs))
+        for k, value in enumerate(inputs):
+            node.replace_input_with(k, value)
+        del graph.initializers[str(shape.name)]
+
+    return restore
 
 
 def _inferred(model: ir.Model) -> bool:

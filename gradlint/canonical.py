@@ -2,7 +2,7 @@
 
 Functions are inlined, constants become initializers and are folded (never through a float weight: its name must
 survive), old opsets are lifted to 21 so that each operator has one form, default attributes are filled in, `auto_pad`
-becomes pads, and symbolic dimensions get numbers (what was chosen is said in words).
+becomes pads, as `output_shape` does, and symbolic dimensions get numbers (what was chosen is said in words).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from gradlint.binding import Dims, bind, freeze, infer_shapes
+from gradlint.binding import Dims, bind, check_windows, freeze, infer_shapes
 from gradlint.exceptions import ModelError
 from gradlint.expansion import expand
 from gradlint.functions import inline
 from gradlint.fused import take_apart
 from gradlint.graph import mark_constants, op, trainable
 from gradlint.invariants import read_invariants_outside
-from gradlint.lifting import lift, resolve_auto_pad
+from gradlint.lifting import lift, resolve_auto_pad, resolve_output_shape
 from gradlint.operands import check_operands
 from gradlint.respelling import respell
 from gradlint.subgraphs import name_outputs
@@ -70,6 +70,7 @@ def canonicalize(
     else:
         assumed = bind(model, dims, where)
     _fold(model, keep)
+    check_windows(model.graph, where)
     while expand(model):
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _lower_settings(model, keep)
@@ -84,6 +85,7 @@ def canonicalize(
     common.AddDefaultAttributesPass()(model)
     check_operands(model.graph, where)
     for node in model.graph.all_nodes():
+        resolve_output_shape(node)
         resolve_auto_pad(node)
     del model.graph.outputs[len(outputs) :]
     return assumed

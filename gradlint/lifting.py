@@ -280,6 +280,31 @@ def _time_major(node: ir.Node) -> None:
             move.outputs[0].name, out.name = out.name, f"{out.name}.time_major"
 
 
+def resolve_output_shape(node: ir.Node) -> None:
+    """A ConvTranspose's `output_shape` becomes the pads that give that size, where the input's is known.
+
+    The larger half is at the beginning but for SAME_UPPER.
+    """
+    outs = attribute(node, "output_shape", ())
+    if node.op_type != "ConvTranspose" or not outs:
+        return
+    shapes = [v.shape.dims[2:] if v is not None and v.shape is not None else () for v in node.inputs[:2]]
+    sizes, kernel = ([n for n in shape if isinstance(n, int)] for shape in shapes)
+    if not len(sizes) == len(kernel) == len(outs):
+        return
+    ones, zeros = (1,) * len(outs), (0,) * len(outs)
+    strides, dilations = (attribute(node, name, ()) or ones for name in ("strides", "dilations"))
+    rows = zip(sizes, kernel, strides, dilations, attribute(node, "output_padding", ()) or zeros, outs, strict=True)
+    totals = [s * (n - 1) + e + d * (k - 1) + 1 - out for n, k, s, d, e, out in rows]
+    if min(totals) < 0:  # onnxruntime says what is wrong
+        return
+    small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
+    upper = attribute(node, "auto_pad", "NOTSET") == "SAME_UPPER"
+    node.attributes["pads"] = ir.AttrInt64s("pads", small + large if upper else large + small)
+    node.attributes["auto_pad"] = ir.AttrString("auto_pad", "NOTSET")
+    del node.attributes["output_shape"]
+
+
 def resolve_auto_pad(node: ir.Node) -> None:
     """SAME_UPPER, SAME_LOWER and VALID become explicit pads where the input's size is known, or does not matter.
 
@@ -292,7 +317,7 @@ def resolve_auto_pad(node: ir.Node) -> None:
     kernel = list(attribute(node, "kernel_shape", ()))
     if not kernel and len(node.inputs) > 1 and node.inputs[1] is not None and node.inputs[1].shape is not None:
         kernel = [d for d in node.inputs[1].shape.dims[2:] if isinstance(d, int)]
-    if not kernel or attribute(node, "output_shape", ()):  # which says by itself what is cut off, and where
+    if not kernel or attribute(node, "output_shape", ()):
         return
     strides = list(attribute(node, "strides", ())) or [1] * len(kernel)
     dilations = list(attribute(node, "dilations", ())) or [1] * len(kernel)

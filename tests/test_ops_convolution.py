@@ -7,10 +7,12 @@ import numpy as np
 import onnx
 import pytest
 
+from gradlint import check
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
 from gradlint.domain import Moments, Range
 from gradlint.estimate import estimate, prove
+from gradlint.exceptions import ModelError
 from gradlint.load import from_proto
 from gradlint.reverse import differentiate
 from gradlint.testing import Activation, check_op, session
@@ -134,6 +136,62 @@ def test_auto_pad_of_symbolic_sizes(layer: str) -> None:
         found.append(session(back).run(names, feed))
     for static, symbolic in zip(*found, strict=True):
         np.testing.assert_allclose(symbolic, static, rtol=1e-4, atol=1e-4)
+
+
+SMALLER = [
+    "output_shape=[3, 2]",
+    'output_shape=[4, 3], auto_pad="SAME_UPPER"',
+    "output_shape=[4, 7], strides=[2, 1], dilations=[1, 2], output_padding=[1, 0]",
+]
+
+
+@pytest.mark.parametrize("attributes", SMALLER)
+@pytest.mark.parametrize("shape", ["2, 4, 5, 5", "N, 4, 5, 5"])
+def test_conv_transpose_whose_output_is_smaller_than_its_input(shape: str, attributes: str) -> None:
+    """onnx infers two axes for it, and onnxruntime refuses what reads them: the backward model says it by pads."""
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 21]> g (float[{shape}] x) => (float[N, C, P, Q] y) '
+        f"{{ y = ConvTranspose<{attributes}>(x, w) }}"
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(4, 4, 3, 3), "w"))
+    feed = {"x": RNG.standard_normal((2, 4, 5, 5)).astype(np.float32)}
+    (y,) = session(proto).run(None, feed)
+    back = session(differentiate(proto))
+    names = [o.name for o in back.get_outputs()]
+    assert names == ["y", "x.grad", "w.grad"]
+    again, dx, dw = back.run(names, {**feed, "y.cotangent": y})
+    np.testing.assert_allclose(again, y, rtol=1e-5, atol=1e-5)
+    w = onnx.numpy_helper.to_array(proto.graph.initializer[0])
+    for gradient, at in ((dx, feed["x"]), (dw, w)):  # y is linear in either: <y, y> = <dy, x>
+        np.testing.assert_allclose(np.vdot(gradient, at), np.vdot(y, y), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["2, 4, 5, 5", "N, 4, H, W"])
+def test_a_network_whose_transposed_convolution_shrinks(shape: str) -> None:
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 21]> g (float[{shape}] x) => (float[N, C, P, Q] y) '
+        "{ a = ConvTranspose<output_shape=[3, 2]>(x, w)  y = Conv(a, v) }"
+    )
+    weights = {"w": normal(4, 4, 3, 3), "v": normal(4, 4, 2, 1)}
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in weights.items())
+    report = check(proto)
+    assert [w.name for w in report.weights if w.measured and w.estimated] == ["w", "v"]
+    assert not [f.code for f in report.findings if f.code.startswith("GL9")]
+
+
+@pytest.mark.parametrize("head", ["y = Relu(a)", "y = GlobalAveragePool(a)", "y = Flatten(a)"])
+@pytest.mark.parametrize(
+    ("layer", "name"), [("Conv<dilations=[4, 2]>(x, w)", "Conv"), ("MaxPool<kernel_shape=[6, 6]>(x)", "MaxPool")]
+)
+def test_a_window_that_does_not_fit_is_one_line(layer: str, name: str, head: str) -> None:
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 21]> g (float[N, 4, 5, 5] x) => (float y) {{ a = {layer}  {head} }}'
+    )
+    if "w" in proto.graph.node[0].input:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(4, 4, 3, 3), "w"))
+    for read in (check, differentiate):
+        with pytest.raises(ModelError, match=rf"the window of {name} 'a' doesn't fit its padded input \(\w, 4, 5, 5\)"):
+            read(proto)
 
 
 # -- FusedConv is the sum of its parts, whose rows are proved on their own --------------------------------------------

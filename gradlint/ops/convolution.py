@@ -238,11 +238,13 @@ def case(ctx: Context, node: ir.Node) -> Case | None:
     x, w, y = dims(node.inputs[0]), dims(node.inputs[1]), dims(node.outputs[0])
     if x is None or w is None or y is None or ctx.varies(node.inputs[1]) or 0 in (*w, *y):
         return None
+    if attribute(node, "output_shape", ()):  # one that no pads give
+        return None
     array = ctx.array(node.inputs[1])
     if array is None:
         return None
     transposed = node.op_type == "ConvTranspose"
-    at = transpose_geometry(node, len(w) - 2) if transposed else geometry(node, len(w) - 2)
+    at = geometry(node, len(w) - 2)
     grouped = array.reshape(at.group, w[0] // at.group, w[1], math.prod(w[2:]))
     return Case(grouped, transposed, at, w[2:], x[2:], y[2:], x[1], y[1])
 
@@ -384,27 +386,6 @@ row("Conv", moments=conv_moments, range=conv_range, pullback=conv_pullback, boun
 # -- ConvTranspose -----------------------------------------------------------------------------------------------------
 
 
-def transpose_geometry(node: ir.Node, rank: int) -> Geometry:
-    """Attributes of a ConvTranspose as those of the Conv it is the adjoint of.
-
-    `output_shape` overrides the pads: the total is what gives that size, the larger half at the beginning but for
-    SAME_UPPER.
-    """
-    at = geometry(node, rank)
-    given = attribute(node, "output_shape", ())
-    if not given:
-        return at
-    sizes, kernel = dims(node.inputs[0]), attribute(node, "kernel_shape", ()) or (dims(node.inputs[1]) or ())[2:]
-    if sizes is None or not kernel:
-        raise Unsupported("an output_shape of an input whose sizes are not known")
-    extra = attribute(node, "output_padding", ()) or (0,) * rank
-    rows = zip(sizes[2:], kernel, at.strides, at.dilations, extra, given[-rank:], strict=True)
-    totals = [max(0, s * (n - 1) + e + d * (k - 1) + 1 - out) for n, k, s, d, e, out in rows]
-    small, large = tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
-    begin, end = (small, large) if attribute(node, "auto_pad", "NOTSET") == "SAME_UPPER" else (large, small)
-    return Geometry(at.strides, at.dilations, begin, end, at.group)
-
-
 def conv_transpose_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     """The adjoint's adjoint: dx is the Conv of g by the same weight; dW swaps the roles of x and g."""
     x, w, g, y = node.inputs[0], node.inputs[1], gs[0], node.outputs[0]
@@ -412,9 +393,9 @@ def conv_transpose_vjp(b: Backward, node: ir.Node, gs: Values) -> Values:
     assert x is not None
     assert w is not None
     assert g is not None
-    if rank is None:
+    if rank is None or attribute(node, "output_shape", ()):
         raise Unsupported
-    at = transpose_geometry(node, rank)
+    at = geometry(node, rank)
     dx = None
     if b.wanted(x):
         dx = convolve(b, g, w, at.strides, at.dilations, at.begin, at.end, at.group)

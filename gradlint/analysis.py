@@ -30,6 +30,7 @@ from gradlint.identity import identities
 from gradlint.judge import judge, verdict
 from gradlint.load import Source, from_proto, read, source
 from gradlint.naming import check_names
+from gradlint.ops.quantization import is_quantized
 from gradlint.options import Options
 from gradlint.parameters import split_merged
 from gradlint.pictures import pictured
@@ -318,7 +319,7 @@ def _model_facts(
         "unmodelled_nodes": sum(unmodelled.values()),
         "unmodelled_share": len(guess.behind) / max(1, nodes),
         "unmodelled_ops": ", ".join(f"{name} ({n})" for name, n in sorted(unmodelled.items())),
-        "quantized_ops": sum(1 for n in graph.all_nodes() if "Quantize" in n.op_type or n.op_type.endswith("Integer")),
+        "quantized_ops": sum(1 for n in graph.all_nodes() if is_quantized(n)),
         "probe_skipped": False,
         "cut_nodes": 0,
     }

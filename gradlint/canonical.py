@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from gradlint.exceptions import ModelError
 from gradlint.expansion import expand
 from gradlint.functions import inline
 from gradlint.fused import take_apart
-from gradlint.graph import mark_constants, op, trainable
+from gradlint.graph import mark_constant, mark_constants, op, trainable
 from gradlint.invariants import read_invariants_outside
 from gradlint.lifting import lift, resolve_auto_pad, resolve_output_shape
 from gradlint.operands import check_operands
@@ -186,11 +187,12 @@ def _remove_identities(model: ir.Model, keep: frozenset[str]) -> None:
 
 
 def _fold(model: ir.Model, keep: frozenset[str]) -> None:
-    """Fold constants to a fixpoint, but for what is computed from a weight or from a value in `keep`."""
+    """Fold constants to a fixpoint, but for what is computed from a weight or from a value in `keep`: so what folding
+    makes is no parameter."""
     from onnxscript.optimizer import fold_constants  # here: half of the start-up time, and reading errors need it not
 
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    stored = [v for g in (model.graph, *model.graph.subgraphs()) for v in g.initializers.values()]
+    stored = set(_initializers(model))
     weights = {v.name for v in stored if trainable(v)} | keep
 
     def should_fold(node: ir.Node) -> bool | None:
@@ -214,3 +216,10 @@ def _fold(model: ir.Model, keep: frozenset[str]) -> None:
         except RuntimeError as error:
             raise ModelError(f"constants can't be folded: {str(error).splitlines()[0]}") from None
         infer_shapes(model)
+    for value in set(_initializers(model)) - stored:
+        mark_constant(value)
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in (model.graph, *model.graph.subgraphs()):
+        yield from graph.initializers.values()

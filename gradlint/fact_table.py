@@ -95,7 +95,7 @@ _MODEL = (
         ("layers", "count", "layers with weights"),
         ("weights", "count", "trainable weights"),
         ("model_parameters", "count", "elements of all trainable weights"),
-        ("quantized_ops", "count", "QuantizeLinear, DequantizeLinear and integer matmul or convolution nodes"),
+        ("quantized_ops", "count", "QuantizeLinear, DequantizeLinear and operators on quantised numbers"),
         ("folded_batchnorm", "count", "BatchNormalization nodes the exporter folded into the layer before"),
         ("folded_layers", "text", "names of the layers that took one in, a few of them"),
         ("restored_batchnorm", "count", "fresh ones of them that were put back, since mode is train"),

@@ -171,9 +171,24 @@ def differentiate(
                 named_output(graph, found[known[name]], _free_name(graph, f"{name}.grad"), taken, known[name])
             )
     if missing:
-        listed = {"names": missing, "operators": sorted({c.op_type for c in cuts})}
+        flat = _blocking([known[n] for n in missing if n in known])
+        listed = {"names": missing, "operators": sorted({c.op_type for c in cuts} | flat)}
         loaded.metadata_props[CUT_KEY] = json.dumps(listed)
     return ir.to_proto(loaded)
+
+
+def _blocking(values: Sequence[ir.Value]) -> set[str]:
+    """The operators without a gradient by nature that the ways forward from these values end at."""
+    pending, seen, found = list(values), set(values), set()
+    while pending:
+        for node in {use.node for use in pending.pop().uses()}:
+            if op(node) in BLOCKED:
+                found.add(op(node))
+                continue
+            fresh = [o for o in node.outputs if o not in seen]
+            seen.update(fresh)
+            pending += fresh
+    return found
 
 
 def named_output(

@@ -1,8 +1,11 @@
 """Attention and RotaryEmbedding, written out by their standard bodies; attention as exporters spell it."""
 
 import numpy as np
+import onnx
 import pytest
 
+from gradlint import check
+from gradlint.reverse import differentiate
 from gradlint.testing import Activation, check_op
 
 RNG = np.random.default_rng(5)
@@ -77,3 +80,12 @@ def test_rotary_embedding_of_flat_heads() -> None:
     cos, sin = tables(6, 4)
     cos, sin = np.repeat(cos[None], 4, 0), np.repeat(sin[None], 4, 0)
     check_op("RotaryEmbedding", Activation((4, 6, 16)), cos, sin, opset=23, wrt=(0,), num_heads=2, proof=False)
+
+
+def test_the_constants_of_the_body_are_no_weights() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 12, opset_import: ["" : 24]> g (float[2, 2, 5, 8] x) => (float[2, 2, 5, 8] y) '
+        "{ y = Attention(x, x, x) }"
+    )
+    assert [o.name for o in differentiate(proto).graph.output] == ["y", "x.grad"]
+    assert check(proto).weights == ()

@@ -1,11 +1,13 @@
 """Quantised operators block the gradient and say so."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+from gradlint import check
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
 from gradlint.domain import Moments, Range
@@ -73,3 +75,29 @@ def test_scale(scale: np.ndarray, zero: np.ndarray | None, attributes: dict[str,
 def test_no_gradient_is_invented_before_a_quantiser() -> None:
     back = differentiate(onnx.parser.parse_model(PAIR), wrt=["x"])
     assert "x.grad" not in {o.name for o in back.graph.output}
+
+
+QUANTISED = """
+<ir_version: 10, opset_import: ["" : 21]>
+quantised (float[N, 4] x) => (float[N, 2] y)
+<float s = {0.05}, int8 z = {0}, int8[4, 2] stored = {9, -9, 8, 7, -8, 9, -7, 8},
+ float[4, 4] first = {0.5, -0.5, 0.4, 0.5, 0.5, 0.3, -0.5, 0.5, -0.5, 0.5, 0.6, 0.5, 0.5, 0.5, 0.5, -0.2}>
+{
+  a = MatMul(x, first)
+  q = QuantizeLinear(a, s, z)
+  d = DequantizeLinear(q, s, z)
+  head = DequantizeLinear(stored, s, z)
+  y = MatMul(d, head)
+}
+"""
+
+
+def test_what_lies_before_a_quantiser_has_no_gradient_and_the_model_is_not_judged() -> None:
+    proto = onnx.parser.parse_model(QUANTISED)
+    listed = {p.key: p.value for p in differentiate(proto).metadata_props}["gradlint.cut"]
+    assert json.loads(listed) == {"names": ["x", "first"], "operators": ["QuantizeLinear"]}
+    report = check(proto)
+    assert report.summary.risk is None
+    assert "3 quantised operators" in next(f.message for f in report.findings if f.code == "GL602")
+    (weight,) = report.weights
+    assert (weight.name, weight.estimated, weight.measured) == ("first", {}, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +32,14 @@ blocks(
     "com.microsoft:QLinearGlobalAveragePool",
     "com.microsoft:QGemm",
 )
+
+_QUANTIZED = re.compile(r"quantize|integer|^Q(Linear|Gemm|Attention|Embed|MoE|Ordered)|NBits$|Bnb4$", re.IGNORECASE)
+
+
+def is_quantized(node: ir.Node) -> bool:
+    """Does the operator work on quantised numbers, or make floats of them or them of floats?"""
+    return bool(_QUANTIZED.search(node.op_type))
+
 
 # A calibrated quantiser clips at about three standard deviations.
 _CLIP = 3.0

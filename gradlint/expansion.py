@@ -1,7 +1,7 @@
 """Operators written out in terms of others, where gradlint has no rows of its own for them.
 
 ONNX defines some operators (Attention, RotaryEmbedding ..) as functions: their standard body takes the node's place.
-onnxruntime's fused matrix product becomes what it fuses.
+onnxruntime's fused matrix product and attention become what they fuse.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from onnx import helper, inliner
 
 import gradlint.ops  # noqa: F401  (fills the tables)
 from gradlint.exceptions import ModelError
+from gradlint.fused_attention import take_attention_apart
 from gradlint.graph import attribute, is_float, op
 from gradlint.subgraphs import subgraphs
 from gradlint.transfer import MOMENTS, VJP
@@ -26,6 +27,8 @@ def expand(model: ir.Model) -> bool:
         for node in list(graph):
             if op(node) in ("com.microsoft:FusedMatMul", "com.microsoft:TransposeMatMul"):
                 _write_out_product(graph, node)
+            elif take_attention_apart(graph, node):
+                pass
             elif _is_function(node, version := model.opset_imports.get(node.domain, 0)):
                 _write_out_body(graph, node, version)
             else:

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +18,7 @@ from gradlint.iterations import settle_shapes
 from gradlint.lifting import constant
 from gradlint.subgraphs import subgraphs
 
+_STANDARD = ("", "ai.onnx")  # domains
 _WINDOWS = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"})
 
 # Sizes tried, in this order, for dimensions nobody gave: images, then sequences and the rest.
@@ -100,6 +102,7 @@ def bind(model: ir.Model, dims: Dims, where: str) -> tuple[str, ...]:
     free = [k for k in free if k not in batch_keys]
     image = any(len(v.shape or ()) == 4 for v in inputs)
     originals = {v: v.shape for v in inputs}
+    foreign = {o: o.shape for n in model.graph.all_nodes() if n.domain not in _STANDARD for o in n.outputs if o.shape}
 
     def gap(size: int) -> tuple[bool, int]:
         """Does the graph contradict this size? And how many outputs stay unknown or are empty."""
@@ -108,6 +111,8 @@ def bind(model: ir.Model, dims: Dims, where: str) -> tuple[str, ...]:
             assert shape is not None
             numbers = [trial[dim_key_of(value, shape, a)] if _unknown(d) else d for a, d in enumerate(shape)]
             value.shape = ir.Shape(numbers)
+        for value, shape in foreign.items():  # what the file declares: nothing infers it anew
+            value.shape = ir.Shape([trial.get(str(d.value), d) if isinstance(d, ir.SymbolicDim) else d for d in shape])
         return not infer_shapes(model), sum(map(_missing, model.graph.all_nodes()))
 
     sizes = (_IMAGE_SIZES if image else _OTHER_SIZES) if free else (0,)
@@ -195,24 +200,32 @@ def infer_shapes(model: ir.Model) -> bool:
 
     An output of the model keeps the shape it declares where none is inferred.
     """
+    for node in model.graph.all_nodes():
+        for output in node.outputs:
+            if output.meta.pop("guessed", False):
+                output.shape = output.type = None
+    return _infer(model)
+
+
+def _infer(model: ir.Model) -> bool:
     declared = [(v, v.shape) for v in model.graph.outputs]
+    restore = [_stand_in(n) for n in list(model.graph.all_nodes())]
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
             if value.const_value is not None:  # a folded value keeps the symbols it had before
                 value.shape = ir.Shape(value.const_value.shape.numpy())
         for node in graph:
-            if node.domain in ("", "ai.onnx"):
+            if node.domain in _STANDARD:
                 for output in node.outputs:
                     output.shape = None
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
-    restore = [_stand_in(n) for n in list(model.graph.all_nodes())]
     ok = settle_shapes(model, lambda: _inferred(model))
     for back in restore:
         back()
     for value, shape in declared:
         value.shape = value.shape or shape
     if _guess_foreign(model):
-        return infer_shapes(model)
+        return _infer(model)
     return ok and all(
         all(not isinstance(d, int) or d >= 0 for d in o.shape)
         for n in model.graph
@@ -227,6 +240,10 @@ def _stand_in(node: ir.Node) -> Callable[[], None]:
     if op(node) == "GroupNormalization":  # onnx infers nothing; this gives back its input's shape, too
         node.op_type = "LayerNormalization"
         return lambda: setattr(node, "op_type", kind)
+    if op(node) == "com.microsoft:FusedConv":
+        node.domain, node.op_type = "", "Conv"
+        node.resize_inputs(min(3, len(inputs)))
+        return partial(_restored, node, ("com.microsoft", kind), inputs)
     outs, weight = attribute(node, "output_shape", ()), dims(inputs[1]) if len(inputs) > 1 else None
     if op(node) != "ConvTranspose" or graph is None or weight is None or len(outs) != len(weight) - 2:
         return lambda: None
@@ -238,13 +255,17 @@ def _stand_in(node: ir.Node) -> Callable[[], None]:
     node.replace_input_with(1, shape)
 
     def restore() -> None:
-        node.op_type = kind
-        node.resize_inputs(len(inputs))
-        for k, value in enumerate(inputs):
-            node.replace_input_with(k, value)
+        _restored(node, (node.domain, kind), inputs)
         del graph.initializers[str(shape.name)]
 
     return restore
+
+
+def _restored(node: ir.Node, kind: tuple[str, str], inputs: Sequence[ir.Value | None]) -> None:
+    node.domain, node.op_type = kind
+    node.resize_inputs(len(inputs))
+    for k, value in enumerate(inputs):
+        node.replace_input_with(k, value)
 
 
 def _inferred(model: ir.Model) -> bool:
@@ -280,9 +301,12 @@ def _guess_foreign(model: ir.Model) -> bool:
     guessed = False
     for node in model.graph.all_nodes():
         first = next((v for v in node.inputs if v is not None), None)
-        if node.domain in ("", "ai.onnx") or first is None or first.dtype is None:
+        if node.domain in _STANDARD or first is None or first.dtype is None:
             continue
         for output in node.outputs:
-            if output.dtype is None:
+            if output.dtype is None or (
+                output.meta.get("guessed") and output.shape is None and first.shape is not None
+            ):
                 output.type, output.shape, guessed = first.type, first.shape, True
+                output.meta["guessed"] = True
     return guessed

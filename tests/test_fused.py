@@ -159,3 +159,40 @@ def test_the_tables_of_a_rotary_embedding_are_no_weights() -> None:
     proto = helper.make_model(graph, opset_imports=imports, ir_version=8)
     assert [o.name for o in differentiate(proto).graph.output] == ["y", "x.grad"]
     assert check(proto).weights == ()
+
+
+BLOCK = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+block (float[B, S, 16] x, int32[B, S] mask) => (float[B, S, 16] y) {
+    a = com.microsoft.Attention<num_heads = 4>(x, qkv, qkv_bias, mask)
+    o = MatMul(a, out)
+    s, mean, rate, r = com.microsoft.SkipLayerNormalization<epsilon = 1e-5>(o, x, gamma, beta, out_bias)
+    f = MatMul(s, up)
+    h = com.microsoft.BiasGelu(f, up_bias)
+    flat = Reshape(h, rows)
+    k = com.microsoft.FusedGemm<activation = "Tanh">(flat, down)
+    back = Reshape(k, like)
+    y = com.microsoft.SkipLayerNormalization<epsilon = 1e-5>(back, s, gamma, beta)
+}"""
+CONVOLUTIONS = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+net (float[N, 3, H, W] x) => (float[N, 6, P, Q] y) {
+    a = com.microsoft.FusedConv<activation = "Relu", strides = [2, 2], pads = [1, 1, 1, 1]>(x, first)
+    y = com.microsoft.FusedConv<activation = "Relu">(a, second)
+}"""
+
+
+@pytest.mark.parametrize("text", [BLOCK, CONVOLUTIONS])
+def test_an_optimised_network_of_symbolic_sizes_is_modelled_whole(text: str) -> None:
+    weights = {
+        "qkv": normal(16, 48, std=0.25), "qkv_bias": normal(48, std=0.1), "out": normal(16, 16, std=0.25),
+        "out_bias": normal(16, std=0.1), "gamma": normal(16, mean=1.0, std=0.1), "beta": normal(16, std=0.1),
+        "up": normal(16, 64, std=0.25), "up_bias": normal(64, std=0.1), "down": normal(64, 16, std=0.1),
+        "rows": np.array([-1, 64]), "like": np.array([-1, 16, 16]),
+        "first": normal(8, 3, 3, 3, std=0.3), "second": normal(6, 8, 3, 3, std=0.2),
+    }  # fmt: skip
+    proto = onnx.parser.parse_model(text)
+    read = {name for node in proto.graph.node for name in node.input}
+    proto.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights.items() if n in read)
+    report = check(proto)
+    assert report.coverage.unmodelled == {}
+    for row in report.weights:
+        assert 0.5 < row.estimated["grad_rms"] / row.measured["grad_rms"] < 2, row.name

@@ -222,6 +222,7 @@ class Backward:
         if keep is not None:
             unused = self._detached(fresh, {*keep, *self.byproducts.values()})
             self._made = {k: made for k, made in self._made.items() if made[0].producer() not in unused}
+            self.slopes = {node: v for node, v in self.slopes.items() if v.producer() not in unused}
             fresh = [node for node in fresh if node not in unused]
         graph.extend(fresh)
         self._emitted = len(self.nodes)

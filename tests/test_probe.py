@@ -175,6 +175,23 @@ def test_gradients_that_stop_are_listed_not_zero() -> None:
     assert '"w"' in {p.key: p.value for p in backward.metadata_props}["gradlint.cut"]
 
 
+def test_an_activation_behind_a_cut_keeps_its_slopes() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]> net (float[8, 16] x) => (float[8, 16] y)
+      <int64[3] sh = {-1, 4, 4}, int64[1] last = {1}>
+    { a = MatMul(x, w)
+      square = Reshape(a, sh)
+      d = Det(square)
+      column = Unsqueeze(d, last)
+      h = Mul(column, a)
+      y = Tanh(h) }"""
+    model = onnx.parser.parse_model(text)
+    weight = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32) / 4
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    report = gradlint.check(model)
+    assert "gradient-cut" in {f.rule for f in report.findings}
+    assert 0 < next(row.measured["slope"] for row in report.layers if row.op_type == "Tanh") < 1
+
+
 def test_differentiate_takes_weights_inputs_and_values_and_names_near_ones() -> None:
     model = transformer(depth=1)
     value = model.graph.node[3].output[0]

@@ -14,7 +14,6 @@ import gradlint.ops  # noqa: F401  (fills the tables)
 from gradlint.exceptions import ModelError
 from gradlint.fused_attention import take_attention_apart
 from gradlint.graph import attribute, is_float, op
-from gradlint.subgraphs import subgraphs
 from gradlint.transfer import MOMENTS, VJP
 
 _STANDARD = ("", "ai.onnx.preview")  # domains
@@ -39,7 +38,7 @@ def expand(model: ir.Model) -> bool:
 
 def _is_function(node: ir.Node, version: int) -> bool:
     """A float operator without rows that the standard defines by other operators."""
-    if node.domain not in _STANDARD or op(node) in MOMENTS or op(node) in VJP or subgraphs(node):
+    if node.domain not in _STANDARD or op(node) in MOMENTS or op(node) in VJP:
         return False
     if not any(is_float(v) for v in node.inputs) or not any(is_float(v) for v in node.outputs):
         return False

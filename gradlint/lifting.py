@@ -294,10 +294,13 @@ def resolve_output_shape(node: ir.Node) -> None:
         return
     ones, zeros = (1,) * len(outs), (0,) * len(outs)
     strides, dilations = (attribute(node, name, ()) or ones for name in ("strides", "dilations"))
-    rows = zip(sizes, kernel, strides, dilations, attribute(node, "output_padding", ()) or zeros, outs, strict=True)
+    extra = list(attribute(node, "output_padding", ()) or zeros)
+    rows = zip(sizes, kernel, strides, dilations, extra, outs, strict=True)
     totals = [s * (n - 1) + e + d * (k - 1) + 1 - out for n, k, s, d, e, out in rows]
-    if min(totals) < 0:  # onnxruntime says what is wrong
-        return
+    if min(totals) < 0:  # what is missing is padding of the output
+        extra = [e + max(0, -t) for e, t in zip(extra, totals, strict=True)]
+        node.attributes["output_padding"] = ir.AttrInt64s("output_padding", extra)
+        totals = [max(0, t) for t in totals]
     small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
     upper = attribute(node, "auto_pad", "NOTSET") == "SAME_UPPER"
     node.attributes["pads"] = ir.AttrInt64s("pads", small + large if upper else large + small)

@@ -25,7 +25,7 @@ from gradlint.exceptions import DataError
 from gradlint.fact_table import Fact, Subject
 from gradlint.facts import EXPORT_LINE, Facts, gather, request
 from gradlint.folding import folded_batchnorms, is_restored, restore_batchnorms
-from gradlint.graph import FLOATS, dims, is_float, op
+from gradlint.graph import FLOATS, batch_size, dims, is_float, op
 from gradlint.identity import identities
 from gradlint.judge import judge, verdict
 from gradlint.load import Source, from_proto, read, source
@@ -211,18 +211,6 @@ def _given(graph: ir.Graph, options: Options) -> Data | None:
     return check_inputs(read_data(options.data, inputs, outputs), inputs)
 
 
-def _batch(graph: ir.Graph) -> int:
-    """Examples per run: the length of the axis examples lie along (axis 1 for a sequence-first recurrent input)."""
-    for value in graph.inputs:
-        shape = dims(value)
-        if shape and is_float(value):
-            recurrent = len(shape) == 3 and any(
-                op(u.node) in ("LSTM", "GRU", "RNN") and u.idx == 0 for u in value.uses()
-            )
-            return max(1, shape[1] if recurrent else shape[0])
-    return max(1, next((s[0] for v in graph.inputs if (s := dims(v))), 1))
-
-
 def _estimate(graph: ir.Graph, options: Options, data: Data | None, assumed: list[str]) -> Estimate:
     inputs: dict[str, Moments] = {}
     for value in graph.inputs:
@@ -248,7 +236,7 @@ def _estimate(graph: ir.Graph, options: Options, data: Data | None, assumed: lis
         )
     if not inputs and any(is_float(v) for v in graph.inputs):
         assumed.append("inputs estimated as standard normal")
-    return estimate(graph, batch=_batch(graph), mode=options.mode, inputs=inputs)
+    return estimate(graph, batch=batch_size(graph), mode=options.mode, inputs=inputs)
 
 
 def _ranges(graph: ir.Graph, options: Options) -> dict[str, Range]:

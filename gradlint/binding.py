@@ -136,13 +136,13 @@ def _missing(node: ir.Node) -> int:
 
 def _lost(node: ir.Node) -> bool:
     """Does an output hold nothing though no input is empty?"""
-    full = not any(is_float(v) and _sizes(v, below=1) for v in node.inputs)
-    return full and any(is_float(o) and _sizes(o, below=1) for o in node.outputs)
+    return not any(map(_holds_nothing, node.inputs)) and any(map(_holds_nothing, node.outputs))
 
 
-def _sizes(value: ir.Value | None, below: int) -> list[int]:
-    shape = () if value is None or value.shape is None else value.shape
-    return [d for d in shape if isinstance(d, int) and d < below]
+def _holds_nothing(value: ir.Value | None) -> bool:
+    """Is it a float with an axis of no elements? (Inference counts those of a window that doesn't fit below zero.)"""
+    sizes = () if value is None or value.shape is None or not is_float(value) else value.shape
+    return any(isinstance(d, int) and d < 1 for d in sizes)
 
 
 def check_windows(graph: ir.Graph, where: str) -> None:

@@ -77,7 +77,7 @@ def canonicalize(
         _lower_settings(model, keep)
         infer_shapes(model)
         _fold(model, keep)
-    mark_constants(model)  # what folding made is no parameter either
+    mark_constants(model)  # what expanding made is no parameter either
     for node in copies:
         node.op_type = "Identity"
     _remove_identities(model, keep)

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 
 from gradlint.exceptions import DataError
 from gradlint.graph import FLOATS, dims, op
-from gradlint.lookups import id_limit, rows
+from gradlint.lookups import id_limit, table_rows
 
 Arrays = dict[str, np.ndarray]
 _CLIP = 6.0  # standard deviations: the declared range of synthetic floats
@@ -141,7 +141,7 @@ def check_inputs(data: Data, inputs: Mapping[str, ir.Value]) -> Data:
                     f"{data.origin}: input {name!r} must be {np.dtype(expected).name}, got {array.dtype.name}"
                 )
             low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
-            if (count := rows(value)) is not None and not -count <= low <= high < count:
+            if (count := table_rows(value)) is not None and not -count <= low <= high < count:
                 raise DataError(f"{data.origin}: input {name!r} must lie in [0, {count}), got {low} to {high}")
             checked[name] = array.astype(expected)
             if (checked[name] != array).any():

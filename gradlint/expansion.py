@@ -26,11 +26,9 @@ def expand(model: ir.Model) -> bool:
         for node in list(graph):
             if op(node) in ("com.microsoft:FusedMatMul", "com.microsoft:TransposeMatMul"):
                 _write_out_product(graph, node)
-            elif take_attention_apart(graph, node):
-                pass
             elif _is_function(node, version := model.opset_imports.get(node.domain, 0)):
                 _write_out_body(graph, node, version)
-            else:
+            elif not take_attention_apart(graph, node):
                 continue
             found = True
     return found

@@ -19,10 +19,11 @@ def take_attention_apart(graph: ir.Graph, node: ir.Node) -> bool:
     write = _WRITERS.get(op(node))
     if write is None or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
         return False
-    last = write(Parts(graph, node), node)
+    parts = Parts(graph, node)
+    last = write(parts, node)
     if last is None:
         return False
-    Parts(graph, node).finish(last)
+    parts.finish(last)
     return True
 
 

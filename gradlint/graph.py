@@ -60,6 +60,21 @@ def dims(value: ir.Value | None) -> tuple[int, ...] | None:
     return sizes if len(sizes) == len(value.shape) else None
 
 
+def batch_size(graph: ir.Graph) -> int:
+    """Examples per run: the length of the axis that examples lie along in the first float input, or the first at all.
+
+    Axis 1 of (T, B, I): where a recurrent operator reads an input so, or the outputs have B rows and not T.
+    """
+    shapes = [(not is_float(v), shape) for v in graph.inputs if (shape := dims(v))]
+    if not shapes:
+        return 1
+    _, shape = min(shapes, key=lambda known: known[0])
+    recurrent = any(op(u.node) in ("LSTM", "GRU", "RNN") and u.idx == 0 for v in graph.inputs for u in v.uses())
+    rows = {sizes[0] for o in graph.outputs if is_float(o) and (sizes := dims(o))}
+    steps_first = len(shape) == 3 and (recurrent or (shape[0] not in rows and shape[1] in rows))
+    return max(1, shape[1] if steps_first else shape[0])
+
+
 def main_output(node: ir.Node) -> ir.Value:
     """What a layer gives: its first output that anything reads (of a recurrent operator it may be the last state
     alone), with the bias that the exporter made an addition of its own."""

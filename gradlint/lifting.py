@@ -281,7 +281,7 @@ def _time_major(node: ir.Node) -> None:
 
 
 def resolve_output_shape(node: ir.Node) -> None:
-    """A ConvTranspose's `output_shape` becomes the pads that give that size, where the input's is known.
+    """A ConvTranspose's `output_shape` becomes the pads that give that size, where the input's is known and pads do.
 
     The larger half is at the beginning but for SAME_UPPER.
     """
@@ -297,14 +297,13 @@ def resolve_output_shape(node: ir.Node) -> None:
     extra = list(attribute(node, "output_padding", ()) or zeros)
     rows = zip(sizes, kernel, strides, dilations, extra, outs, strict=True)
     totals = [s * (n - 1) + e + d * (k - 1) + 1 - out for n, k, s, d, e, out in rows]
-    if min(totals) < 0:  # what is missing is padding of the output
+    if min(totals) < 0:  # what is missing is padding of the output, of which there may be less than a step
         extra = [e + max(0, -t) for e, t in zip(extra, totals, strict=True)]
+        if any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True)):
+            return  # onnxruntime says what is wrong
         node.attributes["output_padding"] = ir.AttrInt64s("output_padding", extra)
         totals = [max(0, t) for t in totals]
-    small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
-    upper = attribute(node, "auto_pad", "NOTSET") == "SAME_UPPER"
-    node.attributes["pads"] = ir.AttrInt64s("pads", small + large if upper else large + small)
-    node.attributes["auto_pad"] = ir.AttrString("auto_pad", "NOTSET")
+    _set_pads(node, totals, more_at_end=attribute(node, "auto_pad", "NOTSET") == "SAME_UPPER")
     del node.attributes["output_shape"]
 
 
@@ -341,8 +340,13 @@ def resolve_auto_pad(node: ir.Node) -> None:
             if node.op_type == "Conv":
                 _pad_at_run(node, mode, spans, strides)
             return
+    _set_pads(node, totals, more_at_end=mode != "SAME_LOWER")
+
+
+def _set_pads(node: ir.Node, totals: list[int], *, more_at_end: bool) -> None:
+    """So many pads along each axis, half of them at either end."""
     small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
-    node.attributes["pads"] = ir.AttrInt64s("pads", large + small if mode == "SAME_LOWER" else small + large)
+    node.attributes["pads"] = ir.AttrInt64s("pads", small + large if more_at_end else large + small)
     node.attributes["auto_pad"] = ir.AttrString("auto_pad", "NOTSET")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +24,7 @@ def id_limit(value: ir.Value) -> int | None:
     """
     limits: list[int] = []
     open_ends: list[int] = []
-    for node, computed in _lookups(value):
+    for node, computed in _lookups(value, lambda node, index: op(node) in _MOVED | _ARITHMETIC):
         if node is None:
             if value.dtype in FLOATS:
                 return None
@@ -47,24 +47,19 @@ def id_limit(value: ir.Value) -> int | None:
     return min(limits) if limits else max(open_ends, default=None)
 
 
-def rows(value: ir.Value) -> int | None:
+def table_rows(value: ir.Value) -> int | None:
     """The rows of the smallest table that every element of an input indexes as it stands; None where there is none."""
-    found: list[int] = []
-    pending, seen = [value], {value}
-    while pending:
-        for use in pending.pop().uses():
-            shape = dims(use.node.inputs[0])
-            if op(use.node) in ("Gather", "GatherElements") and use.idx == 1 and shape:
-                found.append(shape[attribute(use.node, "axis", 0)])
-            elif op(use.node) in _MOVED - {"Slice"} and use.idx == 0:
-                fresh = [o for o in use.node.outputs if o not in seen]
-                seen.update(fresh)
-                pending.extend(fresh)
+    found = [
+        shape[attribute(node, "axis", 0)]
+        for node, _ in _lookups(value, lambda node, index: op(node) in _MOVED - {"Slice"} and index == 0)
+        if node is not None and op(node) in ("Gather", "GatherElements") and (shape := dims(node.inputs[0]))
+    ]
     return min(found, default=None)
 
 
-def _lookups(value: ir.Value) -> Iterator[tuple[ir.Node | None, bool]]:
-    """The nodes that look a value up, through moves and arithmetic (True where there was any), None for other uses."""
+def _lookups(value: ir.Value, passes: Callable[[ir.Node, int], bool]) -> Iterator[tuple[ir.Node | None, bool]]:
+    """The nodes that look a value up, None for other uses, and True where there was arithmetic on the way. passes: does
+    the way go on through a node that reads the value at this index?"""
     pending, seen = [(value, False)], {value}
     while pending:
         current, computed = pending.pop()
@@ -73,7 +68,7 @@ def _lookups(value: ir.Value) -> Iterator[tuple[ir.Node | None, bool]]:
             lookup = op(node) in ("Gather", "GatherElements") and use.idx == 1
             if lookup or (op(node) == "OneHot" and use.idx == 0) or op(node) == "Equal":
                 yield node, computed
-            elif op(node) in _MOVED | _ARITHMETIC:
+            elif passes(node, use.idx):
                 further = computed or op(node) in _ARITHMETIC
                 fresh = [(o, further) for o in node.outputs if o not in seen]
                 seen.update(o for o, _ in fresh)

@@ -16,7 +16,7 @@ from gradlint.backward import Backward
 from gradlint.data import Arrays, Data
 from gradlint.exceptions import DataError
 from gradlint.figures import ACTIVATION, coherence, difference, statistics
-from gradlint.graph import FLOATS, REORDERS, dims, is_float, op
+from gradlint.graph import FLOATS, REORDERS, batch_size, dims, is_float, op
 from gradlint.histograms import Histogram, View, Wanted, measure
 from gradlint.losses import seeds_of
 from gradlint.ops.batch_normalization import to_train_mode
@@ -221,7 +221,7 @@ def _to_float32(graph: ir.Graph) -> None:
 
 def _chunks(graph: ir.Graph, data: Data) -> tuple[int, int]:
     """Examples per run, and runs: data longer than a fixed batch axis is run in parts."""
-    batch, chunks = 1, 1
+    chunks = 1
     for value in graph.inputs:
         shape, array = dims(value), data.inputs[str(value.name)]
         if shape is None or not shape:
@@ -234,23 +234,7 @@ def _chunks(graph: ir.Graph, data: Data) -> tuple[int, int]:
             if chunks not in (1, have // want):
                 raise DataError(f"{data.origin}: inputs hold different numbers of examples (input {value.name!r})")
             chunks = have // want
-    first = next((dims(v) for v in graph.inputs if dims(v)), (1,))
-    for value in graph.inputs:
-        shape = dims(value)
-        if shape and is_float(value):
-            first = shape
-            break
-    batch = first[0] if first else 1
-    if first is not None and len(first) == 3 and _is_time_major(graph, first):
-        batch = first[1]
-    return max(1, batch), chunks
-
-
-def _is_time_major(graph: ir.Graph, shape: tuple[int, ...]) -> bool:
-    """Is the input (T, B, I)? A recurrent operator reads it so, or the outputs have B rows and not T."""
-    rows = {sizes[0] for o in graph.outputs if is_float(o) and (sizes := dims(o))}
-    reads = any(op(u.node) in ("LSTM", "GRU", "RNN") and u.idx == 0 for v in graph.inputs for u in v.uses())
-    return reads or (shape[0] not in rows and shape[1] in rows)
+    return batch_size(graph), chunks
 
 
 def _learn_shapes(model: ir.Model, graph: ir.Graph, feeds: Arrays, threads: int) -> None:

@@ -103,9 +103,11 @@ def responsiveness(
             read[use.value] = max(read.get(use.value, 0.0), signal)
     known = {value: gradients(value) for value in read}
     squares = [_square(value, known[value]) * min(signal, 1.0) ** 2 for value, signal in read.items()]
-    if sum(squares) > 0 or not squares:
+    if not squares or not 0 < output_gradient < math.inf:
+        return None
+    if sum(squares) > 0:
         return trace(squares, output_gradient, coherence)
-    return -math.inf if 0 < output_gradient < math.inf and None not in known.values() else None
+    return None if None in known.values() else -math.inf
 
 
 def multiplied(layer: ir.Node, estimate: Estimate) -> ir.Value | None:

@@ -156,12 +156,9 @@ def tap_activation(taps: Taps, name: str, node: ir.Node, unit_axis: int) -> None
 
 
 def _slopes(b: Backward, node: ir.Node, z: ir.Value) -> ir.Value | None:
-    """f'(z) of an activation that no gradient has come through, f being what the node computes of its input."""
-    attributes = {k: a.value for k, a in node.attributes.items()}
-    again = b.op(node.op_type, z, *node.inputs[1:], domain=node.domain, **attributes).producer()
-    assert again is not None
+    """f'(z) of an activation that no gradient has come through, f being what the node computes of its input z."""
     b.needs.add(z)
-    return VJP[op(node)](b, again, [b.scalar(1.0, z)])[0]
+    return VJP[op(node)](b, node, [b.scalar(1.0, z)])[0]
 
 
 def _per_unit(b: Backward, value: ir.Value, before: int, after: int) -> ir.Value:

@@ -9,7 +9,7 @@ import pytest
 
 from gradlint.binding import Dims
 from gradlint.canonical import canonicalize
-from gradlint.graph import frames, is_gate, is_head, main_output, module, trainable
+from gradlint.graph import batch_size, frames, is_gate, is_head, main_output, module, trainable
 from gradlint.load import from_proto, read
 from gradlint.parameters import split_merged, weight_uses
 
@@ -219,3 +219,19 @@ def test_a_product_gives_the_sum_with_its_bias(body: str, given: str) -> None:
     )
     graph = text(body, weights, "(float[2, 4] x) => (float[2, 4] y)")
     assert main_output(graph[0]).name == given
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "body", "batch"),
+    [
+        ("float[12, 4, 3] x", "float[4, 3] y", "y = ReduceMean<keepdims=0>(x, axes)", 4),  # (T, B, I)
+        ("float[12, 4, 3] x", "float[12, 4] y", "y = ReduceMean<keepdims=0>(x, last)", 12),
+        ("int64[5] n, float[2, 8] x", "float[2, 8] y", "y = Relu(x)", 2),
+    ],
+)
+def test_examples_lie_along_the_axis_that_the_outputs_share(inputs: str, outputs: str, body: str, batch: int) -> None:
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 18]> g ({inputs}) => ({outputs}) '
+        f"<int64[1] axes = {{0}}, int64[1] last = {{2}}> {{ {body} }}"
+    )
+    assert batch_size(ir.from_proto(model).graph) == batch

@@ -87,6 +87,7 @@ def test_conv_in_three_dimensions(group: int) -> None:
         ((4, 3, 5, 6), (3, 4, 2, 2), {"strides": [2, 2]}),
         ((4, 3, 5, 6), (3, 4, 3, 3), {"strides": [2, 2], "pads": [1, 1, 1, 1], "output_padding": [1, 1]}),
         ((4, 3, 5, 6), (3, 4, 3, 3), {"strides": [3, 2], "output_shape": [14, 12]}),
+        ((4, 3, 5, 6), (3, 4, 3, 3), {"strides": [3, 2], "output_shape": [16, 14]}),
         ((4, 3, 5, 6), (3, 4, 2, 2), {"strides": [2, 2], "output_shape": [9, 11], "auto_pad": "SAME_UPPER"}),
         ((4, 3, 5, 6), (3, 4, 2, 2), {"strides": [2, 2], "output_shape": [9, 11], "auto_pad": "SAME_LOWER"}),
         ((4, 3, 5, 6), (3, 4, 3, 3), {"dilations": [2, 2], "pads": [1, 0, 2, 1]}),
@@ -177,6 +178,17 @@ def test_a_network_whose_transposed_convolution_shrinks(shape: str) -> None:
     report = check(proto)
     assert [w.name for w in report.weights if w.measured and w.estimated] == ["w", "v"]
     assert not [f.code for f in report.findings if f.code.startswith("GL9")]
+
+
+def test_conv_transpose_whose_output_is_a_step_larger_than_its_windows_is_not_run() -> None:
+    """No padding gives that size: onnxruntime says what is wrong."""
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[4, 3, 5, 6] x) => (float[4, 4, 20, 12] y) '
+        "{ y = ConvTranspose<strides=[3, 2], output_shape=[20, 12]>(x, w) }"
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(3, 4, 3, 3), "w"))
+    (skipped,) = (f for f in check(proto).findings if f.code == "GL902")
+    assert "output_shape is inconsistent" in skipped.message
 
 
 @pytest.mark.parametrize("head", ["y = Relu(a)", "y = GlobalAveragePool(a)", "y = Flatten(a)"])
